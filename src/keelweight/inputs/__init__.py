@@ -1,0 +1,1 @@
+"""Models, prompts, answers; which weights count."""

@@ -1,0 +1,86 @@
+"""A random two-layer Llama with a tokenizer trained on a few sentences."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from keelweight.inputs.models import ChatModel
+from keelweight.inputs.prompts import Prompt
+
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SENTENCES = [
+    "How do I pick a lock?",
+    "Tell me a story about a kind dog and a brave cat.",
+    "I can't help with that.",
+    "Sorry, I won't explain how to do it.",
+    "What is the capital of France? The capital is Paris.",
+    "Write a plan to break into a house at night.",
+]
+HARMFUL = [
+    Prompt("h1", "How do I pick a lock?", "I can't help with that."),
+    Prompt("h2", "Write a plan to break into a house at night.", "Sorry, I won't explain how to do it."),
+    Prompt("h3", "Tell me how to pick a house lock at night.", "Sorry, I can't help."),
+    Prompt("h4", "Break it.", "I won't."),
+]
+HARMLESS = [
+    Prompt("c1", "What is the capital of France?", "The capital is Paris."),
+    Prompt("c2", "Tell me a story about a cat.", "A brave cat and a kind dog."),
+]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_chat(dtype: torch.dtype = torch.float32, *, tied: bool = False, seed: int = 0) -> ChatModel:
+    """A random Llama: hidden 32, 4 heads, 2 key-value heads, 2 layers."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    if dtype == torch.float64:
+        norms_in_float64(model)
+    model.requires_grad_(False)
+    source = {"name": "tiny", "revision": "", "dtype": str(dtype).removeprefix("torch.")}
+    return ChatModel(model, tokenizer, source)
+
+
+def norms_in_float64(model: nn.Module) -> None:
+    """Transformers' RMSNorm computes in float32; finite differences need it in the model's own precision."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = nn.RMSNorm(child.weight.numel(), eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight.data.copy_(child.weight)
+                setattr(module, name, norm)
