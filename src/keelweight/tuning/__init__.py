@@ -1,0 +1,1 @@
+"""Mask and examples -> a tuned model or a patch."""
