@@ -1,0 +1,5 @@
+"""`python -m keelweight`."""
+
+from keelweight.cli import main
+
+main()
