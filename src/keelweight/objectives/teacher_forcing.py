@@ -95,12 +95,17 @@ def batches(items: Iterable[S], *, tokens: int, size: int | None = None) -> list
 
     An item longer than `tokens` gets a batch of its own. The result depends on the items alone.
     """
-    ordered = sorted(items, key=lambda item: -item.tokens)
-    cut: list[list[S]] = []
-    for item in ordered:
+    listed = list(items)
+    return [[listed[at] for at in batch] for batch in batch_positions(listed, tokens=tokens, size=size)]
+
+
+def batch_positions(items: Sequence[Sized], *, tokens: int, size: int | None = None) -> list[list[int]]:
+    """As `batches`, with the items' positions: for results that are wanted in the old order."""
+    cut: list[list[int]] = []
+    for at in sorted(range(len(items)), key=lambda at: -items[at].tokens):
         last = cut[-1] if cut else None
-        if last is None or (len(last) + 1) * last[0].tokens > tokens or (size and len(last) >= size):
-            cut.append([item])
+        if last is None or (len(last) + 1) * items[last[0]].tokens > tokens or (size and len(last) >= size):
+            cut.append([at])
         else:
-            last.append(item)
+            last.append(at)
     return cut

@@ -15,7 +15,7 @@ from keelweight.errors import UserError
 from keelweight.inputs.models import ChatModel
 from keelweight.inputs.prompts import Prompt
 from keelweight.inputs.responses import Response, respond
-from keelweight.objectives.teacher_forcing import Turn, answer_logits, batches
+from keelweight.objectives.teacher_forcing import Turn, answer_logits, batch_positions
 from keelweight.progress import track
 
 
@@ -90,24 +90,14 @@ def own_answer_examples(
     """
     turns = [turn for turn in map(lambda answer: own_turn(chat, answer), answers) if turn is not None]
     kept: dict[int, Prediction] = {}
-    cut = batches(map(_Numbered, range(len(turns)), turns), tokens=tokens_per_batch)
+    cut = batch_positions(turns, tokens=tokens_per_batch)
     for batch in track(cut, "Recording own predictions", len(cut)):
-        result = answer_logits(chat.model, [item.turn for item in batch])
+        result = answer_logits(chat.model, [turns[at] for at in batch])
         best = F.log_softmax(result.logits.float(), dim=-1).topk(top, dim=-1)
-        for row, item in enumerate(batch):
+        for row, at in enumerate(batch):
             of = result.turn == row
-            kept[item.number] = Prediction(best.indices[of].cpu(), best.values[of].cpu())
+            kept[at] = Prediction(best.indices[of].cpu(), best.values[of].cpu())
     return [Example(turn, kept[number]) for number, turn in enumerate(turns)]
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    number: int
-    turn: Turn
-
-    @property
-    def tokens(self) -> int:
-        return self.turn.tokens
 
 
 def own_turn(chat: ChatModel, answer: Response) -> Turn | None:
