@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
@@ -111,4 +113,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
     pieces.train_from_iterator([*SENTENCES, "abcdefghijklmnopqrstuvwxyz"], trainer)
+    plain = json.loads(pieces.to_str())  # the bytes are ordinary tokens, as in Llama 2's vocabulary
+    plain["added_tokens"] = [token for token in plain["added_tokens"] if not token["content"].startswith("<0x")]
+    pieces = Tokenizer.from_str(json.dumps(plain))
     return PreTrainedTokenizerFast(tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
