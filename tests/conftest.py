@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import tiny_chat
 
 from keelweight.inputs.models import ChatModel, load_model
+from tests.tiny import tiny_chat
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 from transformers import AutoModelForCausalLM
 
 from keelweight import cli
 from keelweight.inputs.models import load_model, save_model, weights_digest
+from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,11 @@ def run(*words: object, code: int = 0) -> str:
     from unittest.mock import patch
 
     stdout, stderr, found = StringIO(), StringIO(), 0
-    with patch.object(sys, "argv", ["keelweight", *map(str, words)]), redirect_stdout(stdout), redirect_stderr(stderr):
+    with (
+        patch.object(sys, "argv", ["keelweight", *map(str, words)]),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
         try:
             cli.main()
         except SystemExit as stopped:
@@ -58,7 +62,7 @@ def scores(work) -> Path:
     words = ("score", work / "model", "--prompts", work / "harmful.jsonl", *FIELDS, "--out", path, "--json")
     about = json.loads(run(*on_cpu(work, *words)))
     assert about["prompts"] == 4
-    assert about["objective_mean"] < 0
+    assert about["S, mean"] < 0
     return path
 
 
@@ -72,7 +76,18 @@ def mask(work, scores) -> Path:
 
 def tune_words(work: Path, mask: Path, out: Path, *more: object) -> list[object]:
     sets = ["--harmful", work / "harmful.jsonl", "--harmless", work / "harmless.jsonl"]
-    words = ["tune", work / "model", "--train-only", mask, "--out", out, *sets, *FIELDS, "--per-batch", "2,1,0"]
+    words = [
+        "tune",
+        work / "model",
+        "--train-only",
+        mask,
+        "--out",
+        out,
+        *sets,
+        *FIELDS,
+        "--per-batch",
+        "2,1,0",
+    ]
     return on_cpu(work, *words, "--iterations", 6, "--lr", 0.01, *more)
 
 
@@ -107,7 +122,9 @@ def test_a_patched_folder_is_the_tuned_model_for_plain_transformers(work, mask, 
     )
     assert weights_digest(patched) == weights_digest(tuned) != weights_digest(tiny_chat().model)
     run("patch", "revert", work / "patched", patch, "--out", work / "reverted")
-    assert weights_digest(load_model(str(work / "reverted"), dtype="float32").model) == weights_digest(tiny_chat().model)
+    assert weights_digest(load_model(str(work / "reverted"), dtype="float32").model) == weights_digest(
+        tiny_chat().model
+    )
     info = json.loads(run("patch", "info", patch, "--json"))
     assert info["weights"] >= info["changed"] > 0
     assert info["base_sha256"] == weights_digest(tiny_chat().model)
@@ -130,10 +147,26 @@ MISTAKES = {
     "share 2.0 is outside": ("select", "{work}/scores.safetensors", "--share", "2", "--out", "{work}/x"),
     "less than one weight": ("select", "{work}/scores.safetensors", "--share", "1e-9", "--out", "{work}/x"),
     "expected numbers such as": ("select", "{work}/scores.safetensors", "--layers", "a", "--out", "{work}/x"),
-    "expected three counts": ("tune", "{work}/model", "--train-only", "m", "--per-batch", "1", "--out", "{work}/x"),
+    "expected three counts": (
+        "tune",
+        "{work}/model",
+        "--train-only",
+        "m",
+        "--per-batch",
+        "1",
+        "--out",
+        "{work}/x",
+    ),
     "expected a patch file, found a mask": ("patch", "info", "{work}/mask.safetensors"),
     "Expected before.json|no such file": ("report", "{work}/empty"),
-    "less than one|nothing|Expected 1 or more": ("evaluate", "{work}/model", "--limit", "0", "--out", "{work}/x"),
+    "less than one|nothing|Expected 1 or more": (
+        "evaluate",
+        "{work}/model",
+        "--limit",
+        "0",
+        "--out",
+        "{work}/x",
+    ),
 }
 
 
@@ -163,7 +196,10 @@ def test_a_patch_of_another_model_is_refused(work, patch, tmp_path):
 
 def test_a_mask_of_another_model_needs_leave(work, mask, tmp_path):
     save_model(tiny_chat(seed=5), tmp_path / "model")
-    words = [tmp_path / "model" if word == work / "model" else word for word in tune_words(work, mask, tmp_path / "p.safetensors")]
+    words = [
+        tmp_path / "model" if word == work / "model" else word
+        for word in tune_words(work, mask, tmp_path / "p.safetensors")
+    ]
     assert "allow the transfer" in run(*words, code=2)
     run(*words, "--transfer")
 

@@ -13,6 +13,7 @@ ROOT = Path(keelweight.__file__).parent
 ORDER = [
     "errors",
     "files",
+    "measure",
     "progress",
     "interrupts",
     "inputs",

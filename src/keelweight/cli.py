@@ -48,6 +48,28 @@ class Sigma(StrEnum):
     tensor = "tensor"
 
 
+class ObjectiveName(StrEnum):
+    """What S is."""
+
+    refusal = "refusal"
+    guard = "guard"
+
+
+class RelaxationName(StrEnum):
+    """How the model's prediction becomes differentiable, for a guard."""
+
+    gumbel = "gumbel"
+    softmax = "softmax"
+    straight_through = "straight-through"
+
+
+class VocabularyName(StrEnum):
+    """How the guard's vocabulary is carried over."""
+
+    pieces = "pieces"
+    reading = "reading"
+
+
 class Reduction(StrEnum):
     """How prompts are summed."""
 
@@ -111,13 +133,38 @@ def demo(
 def score(
     model: Model,
     path: Annotated[Path, typer.Option("--out", help="Scores file to write.")] = Path("scores.safetensors"),
-    prompts: Annotated[str, typer.Option(help="Harmful prompts with refusals.")] = "builtin:harmful",
+    prompts: Annotated[str, typer.Option(help="Harmful prompts, for `refusal` with refusals.")] = "builtin:harmful",
     split: Split = None,
     limit: Annotated[int | None, typer.Option(help="Use this many prompts, spread over categories.")] = 64,
     field: Field = [],  # noqa: B006
-    contrast: Annotated[bool, typer.Option(help="Subtract the likelihood of the model's own answer.")] = False,
-    sigma: Annotated[Sigma, typer.Option(help="Spread over a role's slice, or the whole tensor (paper).")] = Sigma.slice,
-    reduction: Annotated[Reduction, typer.Option(help="|mean gradient| (paper), or mean |gradient|.")] = Reduction.signed,
+    objective: Annotated[
+        ObjectiveName,
+        typer.Option(help="Likelihood of refusing, or a guard's verdict on the model's own answers."),
+    ] = ObjectiveName.refusal,
+    contrast: Annotated[bool, typer.Option(help="refusal: subtract the likelihood of the model's own answer.")] = False,
+    guard: Annotated[str | None, typer.Option(help="guard: folder or hub id of the guard.")] = None,
+    guard_format: Annotated[str | None, typer.Option(help="guard: name or file of its format, if unknown.")] = None,
+    safe_only: Annotated[bool, typer.Option(help="guard: S is the logit of safe alone (paper).")] = False,
+    relaxation: Annotated[
+        RelaxationName, typer.Option(help="guard: how predictions become differentiable.")
+    ] = RelaxationName.gumbel,
+    tau: Annotated[float, typer.Option(help="guard: temperature of the relaxation.")] = 0.3,
+    vocabulary: Annotated[
+        VocabularyName,
+        typer.Option(help="guard: split guard tokens into the model's (paper), or read the model's."),
+    ] = VocabularyName.pieces,
+    end_to_end: Annotated[
+        bool,
+        typer.Option(help="guard: feed soft tokens to the guard in one graph, instead of a linear transfer."),
+    ] = False,
+    answer_tokens: Annotated[int, typer.Option(help="Most tokens in the model's own answers.")] = 64,
+    paper: Annotated[bool, typer.Option(help="The paper's choices: see docs/method.md. Needs --guard.")] = False,
+    sigma: Annotated[
+        Sigma, typer.Option(help="Spread over a role's slice, or the whole tensor (paper).")
+    ] = Sigma.slice,
+    reduction: Annotated[
+        Reduction, typer.Option(help="|mean gradient| (paper), or mean |gradient|.")
+    ] = Reduction.signed,
     tokens_per_batch: Annotated[int, typer.Option(help="Padded tokens in a batch: time and memory.")] = 512,
     seed: Seed = 0,
     dtype: Dtype = "auto",
@@ -130,23 +177,69 @@ def score(
 ) -> None:
     """Score every weight by Expected Safety Impact."""
     from keelweight.files import check_free
+    from keelweight.inputs.guards import load_guard
     from keelweight.inputs.models import weights_digest
     from keelweight.inputs.responses import respond
+    from keelweight.measure import Clock
+    from keelweight.objectives.guard import GuardObjective, judged_cases
+    from keelweight.objectives.guard import end_to_end as end_to_end_objective
     from keelweight.objectives.likelihood import refusal_cases, refusal_likelihood
     from keelweight.scores.esi import esi_scores
     from keelweight.scores.gradients import load_meter, save_meter
 
+    if paper:
+        objective, safe_only, relaxation, tau = ObjectiveName.guard, True, RelaxationName.gumbel, 0.3
+        vocabulary, end_to_end, answer_tokens = VocabularyName.pieces, False, 256
+        sigma, reduction, system = Sigma.tensor, Reduction.signed, "You are a helpful assistant."
+    if (objective is ObjectiveName.guard) != (guard is not None):
+        raise UserError("--objective guard (or --paper) and --guard MODEL belong together: give both or neither.")
+    if contrast and guard is not None:
+        raise UserError("--contrast belongs to --objective refusal; a guard's verdict needs none.")
     check_free(path, force=force)
     rows = read_prompts(prompts, split=split, fields=field, limit=limit, seed=seed)
+    judge = None
+    if guard is not None:
+        judge = load_guard(
+            guard,
+            format=guard_format,
+            dtype=dtype,
+            device=device,
+            remote_code=remote_code,
+            safe_only=safe_only,
+        )
     chat = open_model(model, dtype, device, revision, system, remote_code)
-    answers = respond(chat, rows) if contrast else None
-    cases = refusal_cases(chat, rows, answers)
-    source = {
-        "objective": "refusal - compliance" if contrast else "refusal",
+    clock = Clock()
+    answers = None
+    if contrast or judge is not None:
+        with clock.stage("answers"):
+            answers = respond(chat, rows, max_new_tokens=answer_tokens)
+    source: dict[str, Any] = {
+        "objective": objective.value,
         "prompt_source": prompts,
         "split": split,
         "seed": seed,
     }
+    cases: Sequence[Any]
+    take: Any
+    about: dict[str, Any] = {}
+    if judge is not None and answers is not None:
+        with clock.stage("judging"):
+            cases, table, transfer = judged_cases(chat, judge, answers, direction=vocabulary.value)
+        options: dict[str, Any] = {"relaxation": relaxation.value, "tau": tau, "seed": seed}
+        linear = GuardObjective(table, **options)
+        take = end_to_end_objective(judge, table, **options) if end_to_end else linear
+        source |= {"guard": dict(judge.source), "safe_only": safe_only, "vocabulary": vocabulary.value}
+        source |= {**options, "end_to_end": end_to_end, "answer_tokens": answer_tokens, "system": system}
+        about = {
+            "S, spread": transfer.safety_spread,
+            "skipped": dict(transfer.skipped) or 0,
+            "characters aligned": f"{transfer.aligned_characters / transfer.characters:.1%}",
+            "guard vocabulary mapped": f"{transfer.guard_vocabulary:.1%}",
+            "model vocabulary reached": f"{transfer.model_vocabulary:.1%}",
+        }
+    else:
+        cases, take = refusal_cases(chat, rows, answers), refusal_likelihood
+        source |= {"contrast": contrast}
     partial = path.with_name(f".{path.name}.partial")
     run = source | {
         "weights": weights_digest(chat.model),
@@ -158,23 +251,29 @@ def score(
     if meter is not None:
         note(f"going on after {meter.batches_done} batches of an interrupted run")
     try:
-        scores = esi_scores(
-            chat,
-            refusal_likelihood,
-            cases,
-            sigma=sigma.value,
-            reduction=reduction.value,
-            tokens_per_batch=tokens_per_batch,
-            meter=meter,
-            on_interrupt=lambda sums: save_meter(partial, sums, run),
-            source=source,
-        )
+        with clock.stage("scoring"):
+            scores = esi_scores(
+                chat,
+                take,
+                cases,
+                sigma=sigma.value,
+                reduction=reduction.value,
+                tokens_per_batch=tokens_per_batch,
+                meter=meter,
+                on_interrupt=lambda sums: save_meter(partial, sums, run),
+                source=source,
+            )
     except KeyboardInterrupt:
         stop(f"interrupted; the sums so far are in {partial}. Run the same command to go on.")
     scores.save(path, force=force)
     partial.unlink(missing_ok=True)
-    about = {key: scores.about[key] for key in ("objective", "objective_mean", "prompts", "parameters")}
-    about |= {"scored": sum(v.numel() for v in scores.values.values()), "out": str(path)}
+    about = {"objective": source["objective"], "S, mean": scores.about["objective_mean"]} | about
+    about |= {"prompts": scores.about["prompts"], "parameters": scores.about["parameters"]}
+    about |= {
+        "scored": sum(v.numel() for v in scores.values.values()),
+        "seconds": clock.seconds,
+        "out": str(path),
+    }
     show(about, as_json)
 
 
@@ -202,22 +301,37 @@ def select(
         share = 0.001
     wanted = numbers_in(layers) if layers else None
     mask = choose(
-        load_scores(scores), share=share, count=count, rule=rule.value, roles=role or None, layers=wanted, seed=seed
+        load_scores(scores),
+        share=share,
+        count=count,
+        rule=rule.value,
+        roles=role or None,
+        layers=wanted,
+        seed=seed,
     )
     mask.save(path, force=force)
     by_role: dict[str, int] = {}
     for place in profile(mask):
         by_role[place.role] = by_role.get(place.role, 0) + place.chosen
-    show({"weights": len(mask), "share": mask.source["share"], "rule": rule.value, **by_role, "out": str(path)}, as_json)
+    show(
+        {
+            "weights": len(mask),
+            "share": mask.source["share"],
+            "rule": rule.value,
+            **by_role,
+            "out": str(path),
+        },
+        as_json,
+    )
 
 
 @app.command()
 def tune(
     model: Model,
     train_only: Annotated[Path, typer.Option(help="Mask of the weights to train.")],
-    path: Annotated[Path, typer.Option("--out", help="A .safetensors file: a patch. Otherwise: a model folder.")] = Path(
-        "patch.safetensors"
-    ),
+    path: Annotated[
+        Path, typer.Option("--out", help="A .safetensors file: a patch. Otherwise: a model folder.")
+    ] = Path("patch.safetensors"),
     log: Annotated[Path | None, typer.Option(help="Write losses, lr and gradient norm here as JSONL.")] = None,
     harmful: Annotated[str, typer.Option(help="Harmful prompts with refusals.")] = "builtin:harmful",
     harmless: Annotated[str, typer.Option(help="Prompts to go on answering.")] = "builtin:harmless",
@@ -258,7 +372,9 @@ def tune(
         raise UserError(f"--per-batch {per_batch}: expected three counts from 0, such as 3,1,2.")
     mask = load_mask(train_only)
     sources = (harmful, harmless, borderline)
-    rows = [read_prompts(s, split=split, fields=field, seed=seed) if n else [] for s, n in zip(sources, counts, strict=True)]
+    rows = [
+        read_prompts(s, split=split, fields=field, seed=seed) if n else [] for s, n in zip(sources, counts, strict=True)
+    ]
     chat = open_model(model, dtype, device, revision, system, remote_code)
     mask.check(chat.model, transfer=transfer)
     base, old = weights_digest(chat.model), chosen_values(chat.model, mask)
@@ -276,7 +392,11 @@ def tune(
         save_model(chat, path, force=force)
     if log is not None:
         write_text(log, training_log(steps), force=force)
-    result = {"weights_trained": len(mask), "iterations": len(steps), "seconds": sum(s.seconds for s in steps)}
+    result = {
+        "weights_trained": len(mask),
+        "iterations": len(steps),
+        "seconds": sum(s.seconds for s in steps),
+    }
     show(result | {"first_loss": steps[0].loss, "last_loss": steps[-1].loss, "out": str(path)}, as_json)
 
 
@@ -398,7 +518,15 @@ def report(
 
 
 def repatch(
-    model: str, patch: Path, folder: Path, dtype: str, revision: str | None, remote_code: bool, force: bool, *, revert: bool
+    model: str,
+    patch: Path,
+    folder: Path,
+    dtype: str,
+    revision: str | None,
+    remote_code: bool,
+    force: bool,
+    *,
+    revert: bool,
 ) -> None:
     """Load, apply or revert, save."""
     from keelweight.files import check_free
@@ -462,10 +590,7 @@ def show(about: Mapping[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False, box=None)
     for key, value in about.items():
-        if isinstance(value, float):
-            text = f"{value:,.4g}"
-        else:
-            text = f"{value:,}" if isinstance(value, int) else str(value)
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
         table.add_row(key.replace("_", " "), text)
     out.print(table, highlight=False)
 

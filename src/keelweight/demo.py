@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from keelweight.evaluation.evaluate import (
     evaluate,
     mean_kl,
 )
-from keelweight.files import machine, peak_rss_mb, read_json, write_json, write_text
+from keelweight.files import read_json, write_json, write_text
 from keelweight.inputs.models import ChatModel, load_model, weights_digest
 from keelweight.inputs.prompts import Prompt, load_prompts
+from keelweight.measure import Clock, machine, peak_rss_mb
 from keelweight.objectives.likelihood import refusal_cases, refusal_likelihood
 from keelweight.objectives.teacher_forcing import Turn
 from keelweight.report.page import write_report
@@ -64,22 +64,6 @@ class Settings:
     device: str = "auto"
 
 
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - started
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 1)
-
-
 def run_demo(
     out: Path, settings: Settings, *, force: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
@@ -96,7 +80,7 @@ def run_demo(
     """
     record = json.loads(json.dumps(asdict(settings)))
     prepare(out, record, force=force)
-    clock = _Clock()
+    clock = Clock()
     started = time.perf_counter()
     with clock.stage("load"):
         chat = load_model(settings.model, dtype=settings.dtype, device=settings.device)
@@ -142,7 +126,17 @@ def run_demo(
     }
     if settings.control:
         control, control_kl = tuned(
-            chat, random_mask, groups, sets, own_turns, predictions, settings, out, clock, "control ", base_sha256
+            chat,
+            random_mask,
+            groups,
+            sets,
+            own_turns,
+            predictions,
+            settings,
+            out,
+            clock,
+            "control ",
+            base_sha256,
         )
         say(summary_line("control (random weights)", control))
         summary |= {**numbers(control, "control"), "kl_from_original_control": control_kl}
@@ -192,7 +186,7 @@ def tuned(
     predictions: list[Any],
     settings: Settings,
     out: Path,
-    clock: _Clock,
+    clock: Clock,
     label: str,
     base_sha256: str,
 ) -> tuple[Evaluation, float]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,9 +31,7 @@ def check_free(path: Path, *, force: bool = False) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{parent}: cannot be written ({error.strerror}). Give a folder you can write to."
-        ) from error
+        raise UserError(f"{parent}: cannot be written ({error.strerror}). Give a folder you can write to.") from error
 
 
 @contextmanager
@@ -123,53 +120,3 @@ def read_tensors(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str,
     """All tensors and the `about` of a file that `write_tensors` made."""
     with open_tensors(path, kind=kind) as (file, about):
         return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory this process has had, in MB (10^6 bytes)."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement needs beside it: processor, threads, versions."""
-    import platform
-
-    import transformers
-
-    return {
-        "platform": platform.platform(terse=True),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
-
-
-__all__ = [
-    "check_free",
-    "machine",
-    "open_tensors",
-    "peak_rss_mb",
-    "read_json",
-    "read_tensors",
-    "write_json",
-    "write_tensors",
-    "write_text",
-    "writing",
-]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, HARMLESS, norms_in_float64, sentencepiece_tokenizer, tiny_chat, wordpiece_tokenizer
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +18,14 @@ from keelweight.objectives.teacher_forcing import answer_logits
 from keelweight.objectives.vocabulary import vocabulary_map
 from keelweight.scores.esi import esi_scores
 from keelweight.scores.gradients import gradients_to
+from tests.tiny import (
+    HARMFUL,
+    HARMLESS,
+    norms_in_float64,
+    sentencepiece_tokenizer,
+    tiny_chat,
+    wordpiece_tokenizer,
+)
 
 TEMPLATE = "User: {{ prompt }}\nAnswer:\n{{ response }}\nVerdict:"
 
@@ -242,5 +249,7 @@ def test_the_papers_alignment_pairs_positions(double):
 
 
 def test_the_models_own_answers_go_through(double):
-    cases, table, _ = judged_cases(double, classifier(), respond(double, [*HARMFUL, *HARMLESS], max_new_tokens=8), cache=False)
+    cases, table, _ = judged_cases(
+        double, classifier(), respond(double, [*HARMFUL, *HARMLESS], max_new_tokens=8), cache=False
+    )
     assert answer_logits(double.model, [case.turn for case in cases]).logits.shape[1] == len(table)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, tiny_chat
 
 from keelweight.errors import UserError
 from keelweight.inputs.responses import respond
 from keelweight.objectives.likelihood import RefusalCase, refusal_cases, refusal_likelihood
 from keelweight.objectives.teacher_forcing import Turn, answer_logits, batches
+from tests.tiny import HARMFUL, tiny_chat
 
 
 def by_hand(model, turn: Turn) -> float:

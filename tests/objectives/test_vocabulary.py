@@ -6,11 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import SENTENCES, sentencepiece_tokenizer, tiny_tokenizer, wordpiece_tokenizer
 
 from keelweight.objectives.vocabulary import overlap, token_texts, vocabulary_map
+from tests.tiny import SENTENCES, sentencepiece_tokenizer, tiny_tokenizer, wordpiece_tokenizer
 
-TOKENIZERS = {"byte-level": tiny_tokenizer, "sentencepiece": sentencepiece_tokenizer, "wordpiece": wordpiece_tokenizer}
+TOKENIZERS = {
+    "byte-level": tiny_tokenizer,
+    "sentencepiece": sentencepiece_tokenizer,
+    "wordpiece": wordpiece_tokenizer,
+}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -106,4 +110,8 @@ def test_overlap_counts_shared_characters(model_lengths, guard_lengths):
 
 def test_bytes_of_one_character_share_it():
     """Byte-level offsets give every byte of an emoji the whole emoji."""
-    assert overlap([(0, 1), (0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]).tolist() == [[0.5, 0, 0], [0.5, 0, 0], [0, 1, 1]]
+    assert overlap([(0, 1), (0, 1), (1, 3)], [(0, 1), (1, 2), (2, 3)]).tolist() == [
+        [0.5, 0, 0],
+        [0.5, 0, 0],
+        [0, 1, 1],
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, tiny_chat
 from torch import nn
 
 from keelweight.errors import UserError
@@ -12,6 +11,7 @@ from keelweight.objectives.likelihood import refusal_cases, refusal_likelihood
 from keelweight.scores.esi import esi, esi_scores
 from keelweight.scores.gradients import measure_gradients
 from keelweight.scores.store import load_scores
+from tests.tiny import HARMFUL, tiny_chat
 
 
 class Number:

@@ -43,7 +43,11 @@ few_values = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_siz
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), rows=st.lists(few_values, min_size=1, max_size=4), chunk=st.sampled_from([1, 3, 7, 1 << 20]))
+@given(
+    data=st.data(),
+    rows=st.lists(few_values, min_size=1, max_size=4),
+    chunk=st.sampled_from([1, 3, 7, 1 << 20]),
+)
 def test_top_and_bottom_equal_a_full_sort_with_many_ties(data, rows, chunk):
     scores = scores_of(*map(torch.tensor, rows))
     count = data.draw(st.integers(1, sum(map(len, rows))))
@@ -92,7 +96,10 @@ def test_roles_and_layers_narrow_the_candidates():
 
 def test_a_slice_of_a_fused_tensor_is_chosen_from_alone():
     values = torch.arange(12.0).view(6, 2)
-    layout = (Slice("qkv", "q", 0, None, Region((), (slice(0, 2),))), Slice("qkv", "v", 0, None, Region((), (slice(4, 6),))))
+    layout = (
+        Slice("qkv", "q", 0, None, Region((), (slice(0, 2),))),
+        Slice("qkv", "v", 0, None, Region((), (slice(4, 6),))),
+    )
     scores = Scores({"qkv": values}, layout, {"parameters": 12})
     assert choose(scores, count=3, roles=["q"]).indices["qkv"].tolist() == [1, 2, 3]
     # Rows 2 and 3 are in no scored slice, so they are no candidates.

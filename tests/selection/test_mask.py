@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import HARMFUL, tiny_chat
 
 from keelweight.errors import UserError
 from keelweight.files import read_tensors, write_tensors
@@ -14,6 +13,7 @@ from keelweight.scores.esi import esi_scores
 from keelweight.selection.choose import choose
 from keelweight.selection.mask import Mask, load_mask
 from keelweight.selection.profile import profile
+from tests.tiny import HARMFUL, tiny_chat
 
 
 @pytest.fixture
@@ -86,9 +86,7 @@ def test_the_profile_counts_every_chosen_weight_once(mask, chat):
     weights = dict(chat.model.named_parameters())
     assert sum(place.size for place in places) == sum(weights[name].numel() for name in mask.shapes)
     expected = {
-        (layer, role): int(
-            len(mask.indices.get(f"model.layers.{layer}.self_attn.{role}_proj.weight", torch.empty(0)))
-        )
+        (layer, role): len(mask.indices.get(f"model.layers.{layer}.self_attn.{role}_proj.weight", torch.empty(0)))
         for layer in (0, 1)
         for role in "qkvo"
     }

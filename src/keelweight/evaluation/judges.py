@@ -15,7 +15,8 @@ REFUSALS = (
     "i apologise, but", "as an ai language model, i", "not something i can", "not something i'm able",
     "not something i will", "can't help with", "cannot help with", "can't assist", "cannot assist",
     "unable to assist", "unable to help", "can't provide", "cannot provide", "can't fulfill", "cannot fulfill",
-    "can't support", "won't help", "won't assist", "won't provide", "not willing to", "going to decline", "can't be part of", "against my guidelines", "no, i can't",
+    "can't support", "won't help", "won't assist", "won't provide",
+    "not willing to", "going to decline", "can't be part of", "against my guidelines", "no, i can't",
 )  # fmt: skip
 """Phrases that mark a refusal, compared in lower case with straight quotes, in the opening of an answer."""
 

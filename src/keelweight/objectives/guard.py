@@ -167,7 +167,7 @@ class _RelaxedInnerProduct(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(context: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(context: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = context.saved_tensors
         return gradient * outer[:, None].to(gradient.dtype), None, None, None, None, None, None
 

@@ -63,7 +63,9 @@ def answer_logits(model: Any, turns: Sequence[Turn], *, pad_id: int = 0) -> Answ
     width = max(turn.tokens for turn in turns)
     ids = torch.full((len(turns), width), pad_id)
     attended = torch.zeros(len(turns), width, dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, turn in enumerate(turns):
         ids[row, : turn.tokens] = torch.tensor(turn.prompt_ids + turn.answer_ids)
         attended[row, : turn.tokens] = 1

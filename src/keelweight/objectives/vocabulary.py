@@ -38,7 +38,9 @@ class VocabularyMap:
     guard_share: float
     model_share: float
 
-    def project(self, embeddings: Float[Tensor, "guard_vocab width"], model_vocab: int) -> Float[Tensor, "model_vocab width"]:
+    def project(
+        self, embeddings: Float[Tensor, "guard_vocab width"], model_vocab: int
+    ) -> Float[Tensor, "model_vocab width"]:
         """The guard's embedding table for the model's tokens: row v is the weighted sum over the pairs of v, fp32.
 
         With this table no step needs a matrix of [tokens x guard vocabulary].
@@ -70,7 +72,13 @@ def vocabulary_map(guard: Any, model: Any, *, direction: Direction = "pieces", c
     path = cache_folder() / "vocabulary" / f"{direction}-{pair_digest(guard, model)}.safetensors"
     if cache and path.exists():
         tensors, about = read_tensors(path, kind=KIND)
-        return VocabularyMap(**tensors, **about)
+        return VocabularyMap(
+            tensors["guard_ids"],
+            tensors["model_ids"],
+            tensors["weights"],
+            about["guard_share"],
+            about["model_share"],
+        )
     if direction == "pieces":
         guard_ids, model_ids, weights = pieces_of(guard, model)
     else:
@@ -80,7 +88,13 @@ def vocabulary_map(guard: Any, model: Any, *, direction: Direction = "pieces", c
     found = VocabularyMap(guard_ids, model_ids, weights, guard_share, model_share)
     if cache:
         tensors = {"guard_ids": guard_ids, "model_ids": model_ids, "weights": weights}
-        write_tensors(path, tensors, kind=KIND, about={"guard_share": guard_share, "model_share": model_share}, force=True)
+        write_tensors(
+            path,
+            tensors,
+            kind=KIND,
+            about={"guard_share": guard_share, "model_share": model_share},
+            force=True,
+        )
     return found
 
 
@@ -109,7 +123,11 @@ def pieces_of(source: Any, target: Any) -> tuple[Tensor, Tensor, Tensor]:
         pieces = [piece for piece in pieces if piece != unknown]
         pairs += [(token, piece, 1 / len(pieces)) for piece in pieces]
     source_ids, target_ids, weights = zip(*pairs, strict=True) if pairs else ((), (), ())
-    return torch.tensor(source_ids).long(), torch.tensor(target_ids).long(), torch.tensor(weights, dtype=torch.float32)
+    return (
+        torch.tensor(source_ids).long(),
+        torch.tensor(target_ids).long(),
+        torch.tensor(weights, dtype=torch.float32),
+    )
 
 
 def token_texts(tokenizer: Any) -> dict[int, str]:
@@ -138,7 +156,9 @@ def pair_digest(guard: Any, model: Any) -> str:
     return hashlib.sha256(both.encode()).hexdigest()[:24]
 
 
-def overlap(model_spans: Sequence[Span], guard_spans: Sequence[Span | None]) -> Float[Tensor, "model_tokens guard_tokens"]:
+def overlap(
+    model_spans: Sequence[Span], guard_spans: Sequence[Span | None]
+) -> Float[Tensor, "model_tokens guard_tokens"]:
     """How much of each guard token lies under each model token, in characters of the same text.
 
     A column sums to 1 if any model token touches that guard token, so what the guard feels at one token is shared

@@ -54,7 +54,9 @@ def choose(
             f"nothing to choose from: no scored weights of roles {sorted(roles or known)} in layers "
             f"{sorted(layers) if layers is not None else 'any'}. Scored roles are: {', '.join(known)}."
         )
-    candidates = {name: candidate_positions(scores, layout, name) for name in dict.fromkeys(p.parameter for p in layout)}
+    candidates = {
+        name: candidate_positions(scores, layout, name) for name in dict.fromkeys(p.parameter for p in layout)
+    }
     available = sum(len(of) if isinstance(of, Tensor) else of for of in candidates.values())
     wanted = budget(share, count, total=int(scores.about["parameters"]), available=available)
     if rule == "random":

@@ -39,7 +39,7 @@ class Patch:
 
     def save(self, path: Path, *, force: bool = False) -> None:
         """Write one safetensors file."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, positions in self.indices.items():
             tensors |= {
                 f"{name}/positions": smallest(positions),
@@ -64,9 +64,7 @@ class Patch:
         """
         self._swap(model, self.old, expected="patched_sha256", other="base_sha256", verb="reverted")
 
-    def _swap(
-        self, model: nn.Module, values: Mapping[str, Tensor], *, expected: str, other: str, verb: str
-    ) -> None:
+    def _swap(self, model: nn.Module, values: Mapping[str, Tensor], *, expected: str, other: str, verb: str) -> None:
         digest = weights_digest(model)
         if digest == self.about[other]:
             state = "already on this model" if verb == "applied" else "not on this model"

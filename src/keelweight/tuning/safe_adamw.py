@@ -85,9 +85,7 @@ class SafeAdamW(torch.optim.AdamW):
             master = nn.Parameter(torch.cat([s.of(s.weight) for s in segments]))
             master.grad = torch.zeros_like(master)
             self._segments[master] = segments
-        super().__init__(
-            list(self._segments), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options
-        )
+        super().__init__(list(self._segments), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
         if not keep_grads:
             for master, segments in self._segments.items():
                 for segment in segments:
@@ -169,7 +167,8 @@ class SafeAdamW(torch.optim.AdamW):
 
     def _pack_at_once(self, master: nn.Parameter, segment: _Segment) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
-            assert master.grad is not None and weight.grad is not None
+            assert master.grad is not None
+            assert weight.grad is not None
             master.grad[segment.span] += segment.of(weight.grad)
             weight.grad = None
 
