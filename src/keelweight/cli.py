@@ -231,7 +231,6 @@ def score(
         source |= {"guard": dict(judge.source), "safe_only": safe_only, "vocabulary": vocabulary.value}
         source |= {**options, "end_to_end": end_to_end, "answer_tokens": answer_tokens, "system": system}
         about = {
-            "S, spread": transfer.safety_spread,
             "skipped": dict(transfer.skipped) or 0,
             "characters aligned": f"{transfer.aligned_characters / transfer.characters:.1%}",
             "guard vocabulary mapped": f"{transfer.guard_vocabulary:.1%}",
@@ -267,7 +266,11 @@ def score(
         stop(f"interrupted; the sums so far are in {partial}. Run the same command to go on.")
     scores.save(path, force=force)
     partial.unlink(missing_ok=True)
-    about = {"objective": source["objective"], "S, mean": scores.about["objective_mean"]} | about
+    about = {
+        "objective": source["objective"],
+        "S, mean": scores.about["objective_mean"],
+        "S, standard deviation": scores.about["objective_spread"],
+    } | about
     about |= {"prompts": scores.about["prompts"], "parameters": scores.about["parameters"]}
     about |= {
         "scored": sum(v.numel() for v in scores.values.values()),

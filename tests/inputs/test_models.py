@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from tests.tiny import tiny_chat
 
 from keelweight.errors import UserError
 from keelweight.inputs.builtin import check_sha256
 from keelweight.inputs.models import load_model, save_model, weights_digest
+from tests.tiny import tiny_chat
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_missing_and_damaged_folders_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_model(str(tmp_path / "absent"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no config.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         load_model(str(tmp_path / "empty"))
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -63,7 +63,10 @@ def test_pickled_weights_are_refused(folder):
 
 def test_remote_code_is_not_run(folder):
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "own.py").write_text("raise SystemExit('remote code ran')\n")
     with pytest.raises(UserError, match="cannot be loaded"):

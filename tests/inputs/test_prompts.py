@@ -51,7 +51,9 @@ def test_train_and_eval_share_no_template(name):
 def test_a_limit_is_spread_over_categories_and_seeded():
     chosen = load_prompts("builtin:harmful", limit=24, seed=1)
     assert set(Counter(p.category for p in chosen).values()) == {2}
-    assert chosen == load_prompts("builtin:harmful", limit=24, seed=1) != load_prompts("builtin:harmful", limit=24, seed=2)
+    assert (
+        chosen == load_prompts("builtin:harmful", limit=24, seed=1) != load_prompts("builtin:harmful", limit=24, seed=2)
+    )
     assert len(spread(chosen, 1000)) == 24
 
 

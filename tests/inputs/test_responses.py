@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 
 from keelweight.errors import UserError
 from keelweight.inputs.responses import respond
+from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 
 PROMPTS = [*HARMFUL, *HARMLESS]
 

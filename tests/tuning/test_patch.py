@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, tiny_chat
 
 from keelweight.errors import UserError
 from keelweight.inputs.models import weights_digest
@@ -14,6 +13,7 @@ from keelweight.selection.choose import choose
 from keelweight.tuning.data import Group, refusal_examples
 from keelweight.tuning.patch import Patch, chosen_values, load_patch, make_patch
 from keelweight.tuning.train import Recipe, tune
+from tests.tiny import HARMFUL, tiny_chat
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -37,7 +37,9 @@ def test_apply_makes_the_tuned_model_and_revert_the_base_bit_for_bit(made):
     assert weights_digest(chat.model) == tuned != base
     patch.revert(chat.model)
     assert weights_digest(chat.model) == base
-    assert all(torch.equal(a, b) for a, b in zip(chat.model.parameters(), tiny_chat(dtype).model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(chat.model.parameters(), tiny_chat(dtype).model.parameters(), strict=True)
+    )
 
 
 def test_other_models_are_refused_and_left_alone(made):

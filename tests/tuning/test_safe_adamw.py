@@ -69,9 +69,7 @@ def test_no_other_bit_changes_and_every_chosen_weight_moves(dtype, keep_grads):
     model = network(dtype)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     mask = mask_of(model, SOME)
-    optimizer = SafeAdamW(
-        model.named_parameters(), train_only=mask, lr=3e-2, weight_decay=0.5, keep_grads=keep_grads
-    )
+    optimizer = SafeAdamW(model.named_parameters(), train_only=mask, lr=3e-2, weight_decay=0.5, keep_grads=keep_grads)
     train(model, optimizer, clip=0.5)
     for name, weight in model.named_parameters():
         chosen = torch.zeros(weight.numel(), dtype=torch.bool)

@@ -7,7 +7,6 @@ import signal
 
 import pytest
 import torch
-from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 from torch.nn import functional as F
 
 from keelweight.errors import UserError
@@ -16,8 +15,16 @@ from keelweight.objectives.likelihood import refusal_cases, refusal_likelihood
 from keelweight.objectives.teacher_forcing import Turn, answer_logits
 from keelweight.scores.esi import esi_scores
 from keelweight.selection.choose import choose
-from keelweight.tuning.data import Group, Prediction, kl_from, own_answer_examples, refusal_examples, safety_mixture
+from keelweight.tuning.data import (
+    Group,
+    Prediction,
+    kl_from,
+    own_answer_examples,
+    refusal_examples,
+    safety_mixture,
+)
 from keelweight.tuning.train import Recipe, example_losses, tune
+from tests.tiny import HARMFUL, HARMLESS, tiny_chat
 
 RECIPE = Recipe(iterations=12, lr=3e-2, tokens_per_pass=64)
 
@@ -68,7 +75,9 @@ def test_an_interrupt_saves_and_resumes_to_the_same_weights(tmp_path):
     fresh = tiny_chat(torch.bfloat16)
     resumed = tune(fresh, groups, train_only=mask, recipe=RECIPE, checkpoint=checkpoint)
     assert not checkpoint.exists()
-    assert [(s.step, s.loss, s.lr, s.grad_norm) for s in resumed] == [(s.step, s.loss, s.lr, s.grad_norm) for s in whole]
+    assert [(s.step, s.loss, s.lr, s.grad_norm) for s in resumed] == [
+        (s.step, s.loss, s.lr, s.grad_norm) for s in whole
+    ]
     for one, other in zip(straight.model.parameters(), fresh.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -124,7 +133,9 @@ def test_divergence_is_kl_when_every_token_is_kept():
 
 def test_every_epoch_shows_each_example_once_in_another_order(chat):
     group = Group("harmful", refusal_examples(chat, HARMFUL), 2)
-    epochs = [[example for step in (2 * epoch, 2 * epoch + 1) for example in group.at(step, seed=0)] for epoch in range(6)]
+    epochs = [
+        [example for step in (2 * epoch, 2 * epoch + 1) for example in group.at(step, seed=0)] for epoch in range(6)
+    ]
     assert all({id(e) for e in epoch} == {id(e) for e in group.examples} for epoch in epochs)
     assert len({tuple(id(e) for e in epoch) for epoch in epochs}) > 1
     assert group.at(3, seed=0) == group.at(3, seed=0)

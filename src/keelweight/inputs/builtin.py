@@ -13,7 +13,6 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-
 from typing import Any
 
 from keelweight.errors import UserError, require

@@ -18,7 +18,12 @@ from keelweight.errors import UserError
 from keelweight.files import writing
 from keelweight.inputs.builtin import smollm2_folder
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 BUILTIN: Mapping[str, Callable[[], Path]] = {"builtin:smollm2": smollm2_folder}
 
 
@@ -169,9 +174,9 @@ def weights_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def _bits(weight: Tensor) -> memoryview:
+def _bits(weight: Tensor) -> Any:
     flat = weight.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()
 
 
 def _locate(name: str) -> str:

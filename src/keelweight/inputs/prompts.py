@@ -91,8 +91,9 @@ def spread(prompts: list[Prompt], limit: int, seed: int = 0) -> list[Prompt]:
     by_category: dict[str, list[int]] = {}
     for at in rng.sample(range(len(prompts)), len(prompts)):
         by_category.setdefault(prompts[at].category, []).append(at)
-    ranked = [(rank, order, at) for order, key in enumerate(sorted(by_category))
-              for rank, at in enumerate(by_category[key])]
+    ranked = [
+        (rank, order, at) for order, key in enumerate(sorted(by_category)) for rank, at in enumerate(by_category[key])
+    ]
     return [prompts[at] for _, _, at in sorted(sorted(ranked)[:limit], key=lambda item: item[2])]
 
 

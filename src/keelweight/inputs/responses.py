@@ -65,7 +65,10 @@ def respond(
         )
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=chat.pad_id, eos_token_id=sorted(chat.stop_ids), **sampling
+        max_new_tokens=max_new_tokens,
+        pad_token_id=chat.pad_id,
+        eos_token_id=sorted(chat.stop_ids),
+        **sampling,
     )
     encoded = [chat.prompt_ids(prompt.prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda at: (-len(encoded[at]), at))
@@ -82,7 +85,9 @@ def respond(
                 ids[row, width - len(encoded[at]) :] = torch.tensor(encoded[at])
                 attended[row, width - len(encoded[at]) :] = 1
             output = chat.model.generate(
-                input_ids=ids.to(chat.device), attention_mask=attended.to(chat.device), generation_config=config
+                input_ids=ids.to(chat.device),
+                attention_mask=attended.to(chat.device),
+                generation_config=config,
             )
             for at, tokens in zip(batch, output[:, width:].tolist(), strict=True):
                 stop = next((i for i, token in enumerate(tokens) if token in chat.stop_ids), len(tokens))

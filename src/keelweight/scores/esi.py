@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from statistics import stdev
 from typing import Any, Literal
 
 from torch import Tensor
@@ -87,6 +88,7 @@ def esi_scores(
         "reduction": reduction,
         "prompts": prompts,
         "objective_mean": sum(meter.values) / prompts,
+        "objective_spread": stdev(meter.values) if prompts > 1 else 0.0,
         **(source or {}),
     }
     return Scores(values, layout, about)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
 from keelweight.errors import UserError
-from keelweight.interrupts import interruptible
 from keelweight.files import read_tensors, write_tensors
 from keelweight.inputs.models import ChatModel
+from keelweight.interrupts import interruptible
 from keelweight.objectives.teacher_forcing import answer_logits, batches, mean_by_turn
 from keelweight.progress import track
 from keelweight.selection.mask import Mask
@@ -70,7 +70,7 @@ def tune(
     groups: Sequence[Group],
     *,
     train_only: Mask,
-    recipe: Recipe = Recipe(),  # noqa: B008  frozen
+    recipe: Recipe = Recipe(),
     transfer: bool = False,
     checkpoint: Path | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
@@ -182,7 +182,12 @@ def example_losses(model: Any, examples: Sequence[Example]) -> Tensor:
 def describe_groups(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """What a checkpoint must agree on to go on with these groups."""
     return [
-        {"name": g.name, "per_batch": g.per_batch, "examples": len(g.examples), "tokens": sum(e.tokens for e in g.examples)}
+        {
+            "name": g.name,
+            "per_batch": g.per_batch,
+            "examples": len(g.examples),
+            "tokens": sum(e.tokens for e in g.examples),
+        }
         for g in groups
     ]
 
@@ -227,5 +232,3 @@ def load_checkpoint(path: Path, run: dict[str, Any], optimizer: SafeAdamW, sched
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"], "masters": masters})
     schedule.load_state_dict(about["schedule"] | {"lr_lambdas": [None]})
     return [Step(**step) for step in about["history"]]
-
-
