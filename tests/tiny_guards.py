@@ -38,7 +38,7 @@ def causal_guard(format: GuardFormat = TEXT, dtype: torch.dtype = torch.float32)
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
