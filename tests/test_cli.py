@@ -216,10 +216,13 @@ def test_a_full_disk_leaves_nothing_behind(work, scores):
     from keelweight.files import writing
 
     target = work / "full.bin"
-    with pytest.raises(UserError, match="No space left on device"), writing(target) as beside:
+    with (
+        pytest.raises(UserError, match="No space left on device"),
+        writing(target) as beside,
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
         beside.write_bytes(b"part")
-        with Path("/dev/full").open("wb", buffering=0) as full:
-            full.write(b"x")
+        full.write(b"x")
     assert not [p for p in work.iterdir() if "full.bin" in p.name]
 
 

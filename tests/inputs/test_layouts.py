@@ -14,8 +14,14 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForImageTextToText, DeepseekV3Config, LlamaConfig
-from transformers import LlamaForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from keelweight.errors import UserError
 from keelweight.inputs import layouts
@@ -73,12 +79,15 @@ def test_a_llama_has_one_slice_per_parameter() -> None:
 
 
 def test_rows_of_neox_alternate_head_by_head() -> None:
-    (q, k, v), size = by_parameter(tiny_model("gpt_neox"))["gpt_neox.layers.0.attention.query_key_value.weight"], (96, 32)
+    (q, k, v), size = (
+        by_parameter(tiny_model("gpt_neox"))["gpt_neox.layers.0.attention.query_key_value.weight"],
+        (96, 32),
+    )
     rows = torch.arange(96).repeat_interleave(32).view(size)
     assert [p.role for p in (q, k, v)] == ["q", "k", "v"]
     heads = [list(range(24 * head + 16, 24 * head + 24)) for head in range(4)]  # 8 of q, 8 of k, then 8 of v
     assert v.region.of(rows)[..., 0].tolist() == heads
-    assert v.matrix(rows)[:, 0].tolist() == sum(heads, [])
+    assert v.matrix(rows)[:, 0].tolist() == [row for head in heads for row in head]
 
 
 def test_conv1d_keeps_outputs_on_axis_1() -> None:
@@ -382,7 +391,12 @@ def test_shared_layers_as_in_albert_can_be_declared() -> None:
         layers=("albert_layers",),
     )  # fmt: skip
     config = AlbertConfig(
-        vocab_size=96, embedding_size=16, hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=6
+        vocab_size=96,
+        embedding_size=16,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_hidden_layers=6,
     )
     config._attn_implementation = "eager"
     model = AlbertForMaskedLM(config)

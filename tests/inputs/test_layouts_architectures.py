@@ -402,7 +402,8 @@ WRONG = {
     "gpt2 v first": ("gpt2", {"attn.c_attn": Rows(v=1, q=1, k=1)}, check_attention),
     "llama v is k": ("llama", {"self_attn.v_proj": "k", "self_attn.k_proj": "v"}, check_attention),
     "deepseek_v3 v first": (
-        "deepseek_v3", {"self_attn.kv_b_proj": Rows("num_heads", v="v_head_dim", k="qk_nope_head_dim")}, check_attention,
+        "deepseek_v3", {"self_attn.kv_b_proj": Rows("num_heads", v="v_head_dim", k="qk_nope_head_dim")},
+        check_attention,
     ),
     "deepseek_v3 without heads": ("deepseek_v3", {"self_attn.kv_b_proj": Rows(k=4, v=3)}, check_attention),
     "qwen3_next gate halves": ("qwen3_next", {"self_attn.q_proj": Rows(q=1, attn_gate=1)}, check_attention),

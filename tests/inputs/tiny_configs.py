@@ -15,31 +15,55 @@ HEADS, KV_HEADS, HEAD, LAYERS, EXPERTS = 4, 2, 8, 4, 6
 
 SMALL: tuple[tuple[int, str], ...] = (
     (VOCABULARY, "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
-    (HIDDEN, "hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size "
-    "output_embedding_size word_embed_proj_dim lru_width backbone_hidden_size text_hidden_size "
-    "output_dim out_hidden_size output_proj_dims adapter_out_dim embed_dim ple_embed_dim hidden_size_global"),
-    (INTERMEDIATE, "intermediate_size ffn_dim d_inner decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size "
-    "feed_forward_size dense_intermediate_size intermediate_size_mlp shared_intermediate_size "
-    "shared_expert_intermediate_size n_inner mlp_dim"),
-    (EXPERT, "moe_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size "
-    "shared_experts_intermediate_size"),
-    (HEADS, "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads "
-    "attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
-    "linear_num_heads linear_num_value_heads index_n_heads mamba_n_heads mamba_num_heads indexer_n_heads"),
-    (KV_HEADS, "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups linear_num_key_heads "
-    "num_experts_per_tok moe_topk moe_k top_k_experts num_experts_per_token index_topk hc_mult o_groups"),
-    (HEAD, "head_dim d_head dim_head attention_head_dim kv_channels linear_head_dim linear_key_head_dim swa_head_dim "
-    "linear_value_head_dim attention_head_size mamba_d_head mamba_head_dim mamba_headdim index_head_dim d_rel "
-    "mamba_d_state ssm_state_size state_size mamba_dt_rank time_step_rank laurel_rank hidden_size_per_layer_input "
-    "router_hidden_size adapter_rank prompt_mid_dim chunk_size mamba_chunk_size qk_nope_head_dim indexer_head_dim "
-    "hc_lowrank gated_norm_rank num_centroids"),
+    (
+        HIDDEN,
+        "hidden_size d_model n_embd emb_dim embedding_dim embedding_size input_embedding_size "
+        "output_embedding_size word_embed_proj_dim lru_width backbone_hidden_size text_hidden_size "
+        "output_dim out_hidden_size output_proj_dims adapter_out_dim embed_dim ple_embed_dim hidden_size_global",
+    ),
+    (
+        INTERMEDIATE,
+        "intermediate_size ffn_dim d_inner decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size "
+        "feed_forward_size dense_intermediate_size intermediate_size_mlp shared_intermediate_size "
+        "shared_expert_intermediate_size n_inner mlp_dim",
+    ),
+    (
+        EXPERT,
+        "moe_intermediate_size expert_ffn_hidden_size moe_shared_expert_intermediate_size "
+        "shared_experts_intermediate_size",
+    ),
+    (
+        HEADS,
+        "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads "
+        "attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads "
+        "linear_num_heads linear_num_value_heads index_n_heads mamba_n_heads mamba_num_heads indexer_n_heads",
+    ),
+    (
+        KV_HEADS,
+        "num_key_value_heads num_kv_heads swa_num_key_value_heads num_query_groups linear_num_key_heads "
+        "num_experts_per_tok moe_topk moe_k top_k_experts num_experts_per_token index_topk hc_mult o_groups",
+    ),
+    (
+        HEAD,
+        "head_dim d_head dim_head attention_head_dim kv_channels linear_head_dim linear_key_head_dim swa_head_dim "
+        "linear_value_head_dim attention_head_size mamba_d_head mamba_head_dim mamba_headdim index_head_dim d_rel "
+        "mamba_d_state ssm_state_size state_size mamba_dt_rank time_step_rank laurel_rank hidden_size_per_layer_input "
+        "router_hidden_size adapter_rank prompt_mid_dim chunk_size mamba_chunk_size qk_nope_head_dim indexer_head_dim "
+        "hc_lowrank gated_norm_rank num_centroids",
+    ),
     (6, "v_head_dim num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
-    (LAYERS, "num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers "
-    "num_decoder_layers num_encoder_layers qk_rope_head_dim rotary_dim depth"),
+    (
+        LAYERS,
+        "num_hidden_layers n_layer n_layers num_layers num_blocks decoder_layers encoder_layers "
+        "num_decoder_layers num_encoder_layers qk_rope_head_dim rotary_dim depth",
+    ),
     (16, "q_lora_rank o_lora_rank rel_extent"),
     (12, "kv_lora_rank"),
-    (64, "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx "
-    "context_length num_position_embeddings position_embedding_size"),
+    (
+        64,
+        "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len n_ctx "
+        "context_length num_position_embeddings position_embedding_size",
+    ),
     (1, "n_group topk_group first_k_dense_replace bos_token_id decoder_start_token_id indexer_kv_heads"),
     (2, "eos_token_id num_layers_per_stack"),
     (0, "pad_token_id"),
@@ -62,15 +86,28 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {
-        "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 12, "swa_qk_nope_head_dim": 8,
-        "swa_qk_rope_head_dim": 4, "swa_v_head_dim": 6, "swa_head_dim": 12,
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 12,
+        "swa_qk_nope_head_dim": 8,
+        "swa_qk_rope_head_dim": 4,
+        "swa_v_head_dim": 6,
+        "swa_head_dim": 12,
     },
-    "dots3_note": {"vision_config.pyramid_num_routed": [-1, -1, 4, 4], "vision_config.adapter_in_dim": HIDDEN,
-                   "audio_config.adapter_input_size": HIDDEN},
+    "dots3_note": {
+        "vision_config.pyramid_num_routed": [-1, -1, 4, 4],
+        "vision_config.adapter_in_dim": HIDDEN,
+        "audio_config.adapter_input_size": HIDDEN,
+    },
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_ssm": 64},
     "gemma3n_text": {"intermediate_size": INTERMEDIATE, "num_kv_shared_layers": 0, "num_hidden_layers": 5},
-    "gemma4_assistant": {"text_config.model_type": "gemma4_text", "text_config.num_kv_shared_layers": LAYERS, "text_config.hidden_size_per_layer_input": 0,
-                         "text_config.vocab_size_per_layer_input": 0},
+    "gemma4_assistant": {
+        "text_config.model_type": "gemma4_text",
+        "text_config.num_kv_shared_layers": LAYERS,
+        "text_config.hidden_size_per_layer_input": 0,
+        "text_config.vocab_size_per_layer_input": 0,
+    },
     "gemma4_unified_assistant": {
         "text_config.num_kv_shared_layers": 2,
         "text_config.layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -87,21 +124,45 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "nemotron": {"num_key_value_heads": KV_HEADS},
     "nemotron_h": {"n_groups": 2, "layers_block_type": ["mamba", "moe", "attention", "mlp"]},
     "phi4_multimodal": {
-        "audio_config.ext_pw_out_channel": HIDDEN, "audio_config.depthwise_separable_out_channel": HIDDEN,
-        "audio_config.nemo_conv_channels": 16, "audio_config.input_size": 16, "vision_config.crop_size": 28,
-        "vision_config.image_size": 28, "vision_config.patch_size": 14,
+        "audio_config.ext_pw_out_channel": HIDDEN,
+        "audio_config.depthwise_separable_out_channel": HIDDEN,
+        "audio_config.nemo_conv_channels": 16,
+        "audio_config.input_size": 16,
+        "vision_config.crop_size": 28,
+        "vision_config.image_size": 28,
+        "vision_config.patch_size": 14,
     },
-    "qwen4_exp_text": {"indexer_budget": 8, "indexer_compress_ratio": 2, "ple_layer_ids": [1],
-                       "ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 8},
-    "reformer": {"is_decoder": True, "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0,
-                 "lsh_attention_probs_dropout_prob": 0.0, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
-    "roc_bert": {"shape_vocab_size": 20, "pronunciation_vocab_size": 20, "shape_embed_dim": 8,
-                 "pronunciation_embed_dim": 8},
+    "qwen4_exp_text": {
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_layer_ids": [1],
+        "ngram_vocab_size_base": 50,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 8,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "hidden_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
+        "axial_pos_embds_dim": [16, 16],
+        "axial_pos_shape": [8, 8],
+    },
+    "roc_bert": {
+        "shape_vocab_size": 20,
+        "pronunciation_vocab_size": 20,
+        "shape_embed_dim": 8,
+        "pronunciation_embed_dim": 8,
+    },
     "rwkv": {"attention_hidden_size": HIDDEN},
     "xlstm": {"embedding_dim": HIDDEN, "num_heads": HEADS, "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "num_mem_blocks": 1,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs besides small sizes. The key is a config's own model_type, a part's too."""

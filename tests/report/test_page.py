@@ -55,12 +55,8 @@ def evaluation(refused: dict[str, int], *, each: int = 24, empty: int = 0, ppl: 
         for at in range(each):
             kind = kinds[at % len(kinds)]
             text = REFUSAL if at < refused[name] else "" if at >= each - empty else HELP
-            prompt = Prompt(
-                f"{name}-{at}", f"Please answer question {at} about {kind}, and be brief.", "", kind
-            )
-            answers[name].append(
-                Judged(Response(prompt, text, (), True), refusal_phrase_judge(prompt.prompt, text))
-            )
+            prompt = Prompt(f"{name}-{at}", f"Please answer question {at} about {kind}, and be brief.", "", kind)
+            answers[name].append(Judged(Response(prompt, text, (), True), refusal_phrase_judge(prompt.prompt, text)))
     about = {
         "model": MODEL,
         "judge": "refusal_phrase_judge",
@@ -115,16 +111,12 @@ def history(*, falls: bool = True, iterations: int = 40) -> list[Step]:
     return steps
 
 
-def make_run(
-    folder: Path, *, layers: int = 6, control: bool = True, full: bool = True, each: int = 24
-) -> Path:
+def make_run(folder: Path, *, layers: int = 6, control: bool = True, full: bool = True, each: int = 24) -> Path:
     """A folder as `keelweight demo` leaves it, or with the required files only."""
     folder.mkdir(parents=True, exist_ok=True)
     sides = {
         "before": evaluation({"harmful": 1, "harmless": 0, "borderline": 2}, each=each),
-        "after": evaluation(
-            {"harmful": each - 3, "harmless": 1, "borderline": 5}, each=each, empty=1, ppl=12.01
-        ),
+        "after": evaluation({"harmful": each - 3, "harmless": 1, "borderline": 5}, each=each, empty=1, ppl=12.01),
     }
     if control:
         sides["control"] = evaluation({"harmful": 2, "harmless": 0, "borderline": 2}, each=each, ppl=12.3)
@@ -272,16 +264,10 @@ def test_text_from_files_is_inert(run: Path):
             run / f"{side}.json",
             lambda data: (
                 data
-                | {
-                    "about": data["about"]
-                    | {"model": {"name": HOSTILE}, "judge": HOSTILE, "max_new_tokens": HOSTILE}
-                }
+                | {"about": data["about"] | {"model": {"name": HOSTILE}, "judge": HOSTILE, "max_new_tokens": HOSTILE}}
                 | {
                     "answers": {
-                        name: [
-                            a | dict.fromkeys(("category", "prompt", "response", "reason"), HOSTILE)
-                            for a in of
-                        ]
+                        name: [a | dict.fromkeys(("category", "prompt", "response", "reason"), HOSTILE) for a in of]
                         for name, of in data["answers"].items()
                     }
                 }
@@ -429,9 +415,7 @@ def test_a_damaged_optional_file_is_named(run: Path, name: str, text: str):
         write_report(run)
 
 
-@pytest.mark.parametrize(
-    "counts", [{"hits": 30}, {"hits": -1}, {"unscored": -1}, {"judged": None}, {"hits": "many"}]
-)
+@pytest.mark.parametrize("counts", [{"hits": 30}, {"hits": -1}, {"unscored": -1}, {"judged": None}, {"hits": "many"}])
 def test_impossible_counts_are_refused(run: Path, counts: dict[str, Any]):
     rewrite(
         run / "after.json",

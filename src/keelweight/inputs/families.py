@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Size = int | str
 
@@ -61,7 +62,9 @@ ROLES: Mapping[str, Role] = {
     "sinks": Role("attention sinks", "one number per head"),
     "position": Role("relative positions in attention", "position embeddings"),
     "scale": Role("learned scalars and vectors that scale, shift or start a stream", "not a matrix"),
-    "residual": Role("matrices between residual streams: hyper-connections, AltUp, LAuReL", "neither attention nor MLP"),
+    "residual": Role(
+        "matrices between residual streams: hyper-connections, AltUp, LAuReL", "neither attention nor MLP"
+    ),
     "layer_input": Role("per-layer inputs: matrices that add embeddings in every layer", "part of the embeddings"),
     "adapter": Role("adapters, LoRA's too", "added to the model, not part of it"),
     "cross_q": Role("queries to an encoder or another modality", "not used by text alone"),
@@ -145,7 +148,7 @@ class When:
 
 
 Rule = str | Matrix | Rows | Experts | Stack | When
-Rules = Mapping[str, Rule]
+Rules = dict[str, Rule]
 
 
 @dataclass(frozen=True)
@@ -271,8 +274,10 @@ PHI3: Rules = {
     "mlp.gate_up_proj": GATE_UP,
     "mlp.down_proj": "down",
 }
-LFM = attention("self_attn", "out_proj") | named("feed_forward", "w1=gate w3=up w2=down") | named(
-    "conv", "conv=conv in_proj=ssm_in out_proj=ssm_out"
+LFM = (
+    attention("self_attn", "out_proj")
+    | named("feed_forward", "w1=gate w3=up w2=down")
+    | named("conv", "conv=conv in_proj=ssm_in out_proj=ssm_out")
 )
 GRANITE_MOE: Rules = {
     **PLAIN,
@@ -305,7 +310,7 @@ FALCON_GROUPED = Rows("num_kv_heads", q="num_heads // num_kv_heads * head_dim", 
 
 # -------------------------------------------------------------------------------------------------- the families
 
-ROWS: tuple[tuple[str, Family | Rules], ...] = (
+ROWS: tuple[tuple[str, Any], ...] = (
     # ---- one matrix for each role
     (
         "arcee bitnet cohere cohere2 cohere_compass_text cwm emu3_text_model ernie4_5 exaone4 gemma gemma2 gemma3_text "
@@ -353,7 +358,8 @@ ROWS: tuple[tuple[str, Family | Rules], ...] = (
     ),
     (
         "modernbert-decoder",
-        named("attn", "q_proj=q k_proj=k v_proj=v Wo=o") | {"mlp.Wi": GATE_UP, "mlp.Wo": "down", "lm_head.dense": "head"},
+        named("attn", "q_proj=q k_proj=k v_proj=v Wo=o")
+        | {"mlp.Wi": GATE_UP, "mlp.Wo": "down", "lm_head.dense": "head"},
     ),
     ("opt", TWO_LAYER | dict.fromkeys(("decoder.project_in", "decoder.project_out"), "embedding")),
     ("biogpt xglm", TWO_LAYER | CROSS),
@@ -443,7 +449,10 @@ ROWS: tuple[tuple[str, Family | Rules], ...] = (
         {"attn.qkv_proj": Rows(4, q=1, v=1, k=1), "attn.out_proj": "o", **named("mlp", "fc_in=up fc_out=down")},
     ),
     ("phi3", PHI3),
-    ("phi4_multimodal", PHI3 | towers(vision="embed_tokens_extend.image_embed", audio="embed_tokens_extend.audio_embed")),
+    (
+        "phi4_multimodal",
+        PHI3 | towers(vision="embed_tokens_extend.image_embed", audio="embed_tokens_extend.audio_embed"),
+    ),
     ("glm glm4", PLAIN | {"mlp.gate_up_proj": GATE_UP}),
     (
         "dbrx",
@@ -650,7 +659,10 @@ ROWS: tuple[tuple[str, Family | Rules], ...] = (
             **DELTA_NET,
             **INDEXER,
             **named("ple", "key_proj=layer_input value_proj=layer_input conv1d=conv"),
-            **{f"{n}.**": "residual" for n in ("attn_hyper_connection", "mlp_hyper_connection", "hyper_connection_mixer")},
+            **{
+                f"{n}.**": "residual"
+                for n in ("attn_hyper_connection", "mlp_hyper_connection", "hyper_connection_mixer")
+            },
         },
     ),
     (
@@ -675,7 +687,10 @@ ROWS: tuple[tuple[str, Family | Rules], ...] = (
     ),
     # ---- text models with more inputs, and wrappers around a text model of its own type
     ("gemma3n_text", PLAIN | LAYER_INPUT | GEMMA3N_STREAMS),
-    ("gemma4_text", PLAIN | LAYER_INPUT | moe("*", "router.proj") | {"router.scale": "scale", "router.per_expert_scale": "scale"}),
+    (
+        "gemma4_text",
+        PLAIN | LAYER_INPUT | moe("*", "router.proj") | {"router.scale": "scale", "router.per_expert_scale": "scale"},
+    ),
     (
         "blt",
         Family(
@@ -709,7 +724,8 @@ ROWS: tuple[tuple[str, Family | Rules], ...] = (
         | {"img_temperal_embedding.*": "embedding"},
     ),
     (
-        "aria aya_vision cohere2_vision deepseek_vl dots3_note emu3 exaone4_5 fuyu gemma3 gemma3n gemma4 gemma4_unified "
+        "aria aya_vision cohere2_vision deepseek_vl dots3_note emu3 exaone4_5 fuyu gemma3 gemma3n gemma4 "
+        "gemma4_unified "
         "glm4v glm4v_moe got_ocr2 hyperclovax_vision_v2 idefics2 idefics3 inkling2 inkling_mm_model internvl kimi_k25 "
         "lfm2_vl lfm3_vl lighton_ocr llama4 llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 "
         "minicpmv4_7 minimax_m3_vl mistral3 mllama moss_transcribe_diarize ovis2 paligemma "

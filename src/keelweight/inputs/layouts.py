@@ -71,7 +71,9 @@ class Region:
     def count(self, shape: Collection[int]) -> int:
         """Elements of the region of a tensor of `shape`."""
         sizes = tuple(self.shape or shape)
-        picked = [len(range(size)[i]) if isinstance(i, slice) else 1 for size, i in zip(sizes, self.index, strict=False)]
+        picked = [
+            len(range(size)[i]) if isinstance(i, slice) else 1 for size, i in zip(sizes, self.index, strict=False)
+        ]
         return math.prod(picked) * math.prod(sizes[len(picked) :])
 
     def to_json(self) -> list[Any]:
@@ -140,7 +142,9 @@ def declare(model_type: str, rules: Mapping[str, Any] | None = None, *, like: st
     """
     known = {**FAMILIES, **DECLARED}
     if like is not None and like not in known:
-        raise UserError(f"declare {model_type!r}: like={like!r} is no known model type. Known: {', '.join(sorted(known))}.")
+        raise UserError(
+            f"declare {model_type!r}: like={like!r} is no known model type. Known: {', '.join(sorted(known))}."
+        )
     base = known[like] if like is not None else Family({})
     added = {key: as_rule(value, where=f"declare {model_type!r}: {key!r}") for key, value in (rules or {}).items()}
     family = dataclasses.replace(base, rules={**base.rules, **added}, **{k: tuple(v) for k, v in how.items()})
@@ -165,7 +169,9 @@ def declare_from(path: Path) -> None:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a layout ({error}). Expected TOML as docs/layouts.md shows.") from error
+        raise UserError(
+            f"{path}: cannot be read as a layout ({error}). Expected TOML as docs/layouts.md shows."
+        ) from error
     for model_type, about in data.items():
         unknown = set(about) - {"like", "rules", "layers", "stacks"} if isinstance(about, dict) else {model_type}
         if unknown:
@@ -391,7 +397,7 @@ class _Reader:
                 found = re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)(?:\.|$)", path)
                 if found:
                     return before + int(found.group(1))
-                before += next((len(m) for n, m in self.modules.items() if n.endswith(stack)), 0)  # type: ignore[arg-type]
+                before += next((len(m) for n, m in self.modules.items() if n.endswith(stack)), 0)
             return None
         names = "|".join(re.escape(name) for name in family.layers)
         found = re.search(rf"(?:^|\.)(?:{names})\.(\d+)(?:\.|$)", path)
@@ -552,7 +558,9 @@ def skeleton(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     # transformers keeps the classes of a mapping by config class; the causal LM of a wrapper is its text part
-    kinds = [auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping]
+    kinds = [
+        auto for auto in (AutoModelForCausalLM, AutoModelForImageTextToText) if type(config) in auto._model_mapping
+    ]
     try:
         with torch.device("meta"):
             return (kinds or [AutoModelForCausalLM])[0].from_config(config)

@@ -60,9 +60,7 @@ DARK = Theme(
     series={"before": "#f0914a", "after": "#56b4e9", "control": "#8b95a3"},
     ramp=("#1c3c5c", "#1f5687", "#2f83c0", "#74bff0", "#e2f3ff"),
 )
-PAPER = Theme(
-    LIGHT.text, LIGHT.muted, LIGHT.line, LIGHT.track, LIGHT.series, LIGHT.ramp, background="#ffffff"
-)
+PAPER = Theme(LIGHT.text, LIGHT.muted, LIGHT.line, LIGHT.track, LIGHT.series, LIGHT.ramp, background="#ffffff")
 """For the picture files: they may be shown on any background."""
 
 Draw = Callable[[Theme, bool], Any]
@@ -150,14 +148,10 @@ def where(places: Sequence[Place], theme: Theme, narrow: bool) -> Any:
 def ordered_roles(places: Sequence[Place]) -> list[str]:
     """The roles that occur: the usual ones in their usual order, then others as they come in the model."""
     found = list(dict.fromkeys(place.role for place in places))
-    return [role for role in SCORED_ROLES if role in found] + [
-        role for role in found if role not in SCORED_ROLES
-    ]
+    return [role for role in SCORED_ROLES if role in found] + [role for role in found if role not in SCORED_ROLES]
 
 
-def _cells(
-    axes: Any, cells: list[tuple[int, int]], values: list[float], theme: Theme, *, turned: bool
-) -> Any:
+def _cells(axes: Any, cells: list[tuple[int, int]], values: list[float], theme: Theme, *, turned: bool) -> Any:
     """One square with a small gap around it for each (layer, role) that the model has."""
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -246,9 +240,7 @@ LABELS = {"after": "chosen weights", "control": "random weights (control)"}
 def _learning_rate(axes: Any, history: Sequence[Step], theme: Theme) -> None:
     """The learning rate as a pale shape behind the curves, on a scale of its own."""
     behind = axes.twinx()
-    behind.fill_between(
-        [s.step for s in history], [s.lr for s in history], color=theme.muted, alpha=0.10, linewidth=0
-    )
+    behind.fill_between([s.step for s in history], [s.lr for s in history], color=theme.muted, alpha=0.10, linewidth=0)
     behind.set(ylim=(0, 1.05 * max((s.lr for s in history), default=1.0) or 1.0), yticks=[])
     for spine in behind.spines.values():
         spine.set_visible(False)

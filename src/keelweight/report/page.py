@@ -168,9 +168,7 @@ def read_run(folder: Path) -> Run:
     if (folder / "summary.json").exists():
         summary = read_json(folder / "summary.json", what="the summary of a run")
         if not isinstance(summary, dict):
-            raise UserError(
-                f"{folder / 'summary.json'}: expected a JSON object. Remove it, or run the demo again."
-            )
+            raise UserError(f"{folder / 'summary.json'}: expected a JSON object. Remove it, or run the demo again.")
     mask, places = read_mask(folder / "mask.safetensors")
     return Run(
         sides={name: read_side(folder / f"{name}.json") for name in names},
@@ -247,8 +245,7 @@ def draw(run: Run) -> dict[str, tuple[charts.Draw, str]]:
     """Picture name -> how to draw it, and what it shows in words."""
     rates = {name: side.rates for name, side in run.sides.items()}
     counts = "; ".join(
-        f"{charts.RATES[name]}: "
-        + ", ".join(f"{side} {of[name]}" for side, of in rates.items() if name in of)
+        f"{charts.RATES[name]}: " + ", ".join(f"{side} {of[name]}" for side, of in rates.items() if name in of)
         for name in charts.RATES
         if name in rates["after"]
     )
@@ -332,11 +329,7 @@ def render(run: Run, pictures: Mapping[str, Picture]) -> str:
 def result(run: Run) -> str:
     """The outcome in one sentence."""
     before, after = run.sides["before"].rates, run.sides["after"].rates
-    start = (
-        f"With {share(run.share)} of its weights tuned"
-        if run.share
-        else f"With {len(run.mask):,} weights tuned"
-    )
+    start = f"With {share(run.share)} of its weights tuned" if run.share else f"With {len(run.mask):,} weights tuned"
     parts = []
     if "asr" in after:
         parts.append(f"complied with {of(after['asr'])} harmful prompts{was(before, 'asr')}")
@@ -388,9 +381,7 @@ def cards(run: Run) -> list[Card]:
             found.append(Card(label, percent(rate.rate), notes))
     if after.harmless_ppl is not None:
         found.append(
-            Card(
-                "Perplexity", plain(after.harmless_ppl), ["harmless", f"before {plain(before.harmless_ppl)}"]
-            )
+            Card("Perplexity", plain(after.harmless_ppl), ["harmless", f"before {plain(before.harmless_ppl)}"])
         )
     if (drift := run.number("kl_from_original")) is not None:
         found.append(Card("Drift (KL)", plain(drift), ["nats per token", "harmless answers"]))
@@ -465,9 +456,7 @@ def plain(number: float | None) -> str:
         return "–"
     if number and abs(number) < 0.001:
         return f"{number:.1e}"
-    return (
-        f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}" if abs(number) < 1 else f"{number:.2f}"
-    )
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.3g}" if abs(number) < 1 else f"{number:.2f}"
 
 
 def duration(seconds: float) -> str:
