@@ -84,8 +84,11 @@ def read_json(path: Path, *, what: str) -> Any:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], *, kind: str, about: Mapping[str, Any], force: bool = False
 ) -> None:
-    """Write a safetensors file whose metadata says which `kind` of artifact it is and carries `about` as JSON."""
-    metadata = {"keelweight": kind, "about": json.dumps(about)}
+    """Write a safetensors file whose metadata says which `kind` of artifact it is and carries `about` as JSON.
+
+    One metadata key holds both: safetensors writes several keys in any order, and equal artifacts are to be equal files.
+    """
+    metadata = {"keelweight": json.dumps({"kind": kind, "about": about})}
     with writing(path, force=force) as beside:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside, metadata)
 
@@ -102,14 +105,14 @@ def open_tensors(path: Path, *, kind: str) -> Iterator[tuple[Any, dict[str, Any]
         raise UserError(f"{path}: no such file; expected {article} {kind} file written by keelweight.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("keelweight")
+            header = json.loads((file.metadata() or {}).get("keelweight", "{}"))
+            found = header.get("kind")
             if found != kind:
                 raise UserError(
                     f"{path}: expected {article} {kind} file, found "
                     + (f"a {found} file." if found else "a safetensors file that keelweight did not write.")
                 )
-            yield file, json.loads(metadata["about"])
+            yield file, header["about"]
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error}). Make it again.") from error
     except OSError as error:
