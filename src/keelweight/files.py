@@ -86,7 +86,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file whose metadata says which `kind` of artifact it is and carries `about` as JSON.
 
-    One metadata key holds both: safetensors writes several keys in any order, and equal artifacts are to be equal files.
+    One metadata key holds both: safetensors writes several in any order, and equal artifacts are to be equal files.
     """
     metadata = {"keelweight": json.dumps({"kind": kind, "about": about})}
     with writing(path, force=force) as beside:

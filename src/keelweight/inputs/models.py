@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from keelweight.errors import UserError
 from keelweight.files import writing
-from keelweight.inputs.builtin import smollm2_folder
+from keelweight.inputs.builtin import minilm_folder, smollm2_folder
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,7 +24,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-BUILTIN: Mapping[str, Callable[[], Path]] = {"builtin:smollm2": smollm2_folder}
+BUILTIN: Mapping[str, Callable[[], Path]] = {"builtin:smollm2": smollm2_folder, "builtin:minilm": minilm_folder}
 
 
 @dataclass(frozen=True)
