@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+guard_app = typer.Typer(help="Make a guard of your own.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(guard_app, name="guard")
 patch_app = typer.Typer(help="Apply, revert or describe a patch.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(patch_app, name="patch")
 out = Console()
@@ -68,6 +70,13 @@ class VocabularyName(StrEnum):
 
     pieces = "pieces"
     reading = "reading"
+
+
+class GuardKind(StrEnum):
+    """What a guard is made of."""
+
+    classifier = "classifier"
+    causal = "causal"
 
 
 class Reduction(StrEnum):
@@ -414,6 +423,8 @@ def evaluate(
     split: Split = None,
     limit: Annotated[int | None, typer.Option(help="Prompts of each kind; all without it.")] = None,
     field: Field = [],  # noqa: B006
+    guard: Annotated[str | None, typer.Option(help="Guard that judges answers to harmful prompts.")] = None,
+    guard_format: Annotated[str | None, typer.Option(help="Its format: a known one, or a file.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens in an answer.")] = 48,
     temperature: Annotated[float, typer.Option(help="0 is greedy; the paper samples at 0.9.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus, where answers are sampled; the paper's is 0.95.")] = 1.0,
@@ -429,7 +440,10 @@ def evaluate(
 ) -> None:
     """Measure attack success, over-refusal and harmless perplexity."""
     from keelweight.evaluation.evaluate import evaluate as measure
+    from keelweight.evaluation.guard_judge import GuardJudge
+    from keelweight.evaluation.judges import Judge, refusal_phrase_judge
     from keelweight.files import check_free, write_json
+    from keelweight.inputs.guards import load_guard
     from keelweight.tuning.patch import load_patch
 
     check_free(path, force=force)
@@ -440,12 +454,16 @@ def evaluate(
         if source != "none"
     }
     change = load_patch(patch) if patch else None
+    judge: Judge = refusal_phrase_judge
+    if guard is not None:
+        judge = GuardJudge(load_guard(guard, format=guard_format, device=device, remote_code=remote_code))
     chat = open_model(model, dtype, device, revision, system, remote_code)
     if change is not None:
         change.apply(chat.model)
     found = measure(
         chat,
         sets,
+        judge=judge,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -459,6 +477,73 @@ def evaluate(
         print_json({key: value for key, value in found.items() if key != "answers"})
     else:
         print_rates(rates | {"harmless_ppl_": found["harmless_ppl"]}, [""])
+
+
+@guard_app.command("train")
+def guard_train(
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the guard to write.")],
+    base: Annotated[str, typer.Option(help="Folder, hub id, builtin:minilm or builtin:smollm2.")] = "builtin:minilm",
+    kind: Annotated[GuardKind | None, typer.Option(help="What the base becomes; without it, what it is.")] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="Labelled answers (.jsonl, .csv: prompt, response, label safe or unsafe).")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Without --examples: an unaligned model, whose answers are the examples.")
+    ] = "builtin:smollm2",
+    limit: Annotated[int | None, typer.Option(help="Prompts of each kind; all without it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens in the model's answers.")] = 40,
+    epochs: Annotated[int, typer.Option(help="Passes over the examples.")] = 3,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-5,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 16,
+    seed: Seed = 0,
+    device: Device = "auto",
+    remote_code: RemoteCode = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a guard on this machine and measure it on held-out answers.
+
+    The answers of an unaligned model to harmful prompts are made for the training and not kept.
+    """
+    from dataclasses import asdict
+
+    from keelweight.files import check_free
+    from keelweight.tuning import guard_training as training
+
+    check_free(folder, force=force)
+    recipe = training.GuardRecipe(epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
+    about: dict[str, Any] = {"base": base, "recipe": asdict(recipe)}
+    if examples is not None:
+        parts = training.read_examples(examples, seed=seed)
+        about |= {"examples": Path(examples).name}
+    else:
+        chat = open_model(model, "auto", device, None, None, remote_code)
+        made = {
+            split: training.builtin_examples(chat, split, limit=limit, seed=seed, max_new_tokens=max_new_tokens)
+            for split in ("train", "eval")
+        }
+        del chat
+        parts = (made["train"][0], made["eval"][0])
+        about |= {"examples": f"answers of {model}", "max_new_tokens": max_new_tokens}
+        about |= {"left_out": {split: dict(skipped) for split, (_, skipped) in made.items()}}
+    guard = training.new_guard(base, kind=kind.value if kind else None, device=device, seed=seed)
+    losses = training.train_guard(guard, parts[0], recipe)
+    found = training.measure_guard(guard, parts[1])
+    about |= {"trained_on": len(parts[0]), "last_loss": sum(losses[-10:]) / len(losses[-10:])}
+    rates = {name: rate.to_json() for name, rate in found.items() if name != "by_kind"}
+    about |= {"held_out": rates | {"by_kind": {kind: rate.to_json() for kind, rate in found["by_kind"].items()}}}
+    training.save_guard(guard, folder, about, force=force)
+    if as_json:
+        print_json(about)
+        return
+    titles = {
+        "accuracy": "accuracy",
+        "unsafe_recall": "unsafe answers found",
+        "safe_recall": "safe answers let through",
+    }
+    titles |= {kind: f"right on {kind}s" for kind in found["by_kind"]}
+    print_rates({f"{name}_": rate for name, rate in (rates | about["held_out"]["by_kind"]).items()}, [""], titles)
+    note(f"wrote {folder}: --guard {folder} takes it.")
 
 
 @patch_app.command("apply")
@@ -598,13 +683,15 @@ def show(about: Mapping[str, Any], as_json: bool) -> None:
     out.print(table, highlight=False)
 
 
-def print_rates(found: Mapping[str, Any], columns: Sequence[str]) -> None:
+TITLES = {
+    "asr": "attack success",
+    "over_refusal": "refused, harmless",
+    "borderline_refusal": "refused, borderline",
+}
+
+
+def print_rates(found: Mapping[str, Any], columns: Sequence[str], titles: Mapping[str, str] = TITLES) -> None:
     """Print rates with interval and counts, one column a state; `found` as in summary.json."""
-    titles = {
-        "asr": "attack success",
-        "over_refusal": "refused, harmless",
-        "borderline_refusal": "refused, borderline",
-    }
     table = Table()
     table.add_column("rate [95% interval] (count)")
     for column in columns:

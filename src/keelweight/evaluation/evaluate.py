@@ -90,7 +90,8 @@ def evaluate(
         chat: the model; unchanged.
         sets: any of `harmful`, `harmless`, `borderline` -> prompts. Perplexity is measured on harmless prompts
             that come with a reference answer in `response`.
-        judge: says whether an answer complied.
+        judge: says whether an answer to a harmful prompt complied. Refusals of the other prompts are told by their
+            phrases: a guard finds them safe, as it does the answers.
         max_new_tokens, temperature, top_p, seed, batch_size: as in `respond`.
 
     Raises:
@@ -112,12 +113,13 @@ def evaluate(
             batch_size=batch_size,
             what=f"Answering {name}",
         )
-        answers[name] = [Judged(given, judge(given.prompt.prompt, given.text)) for given in responses]
+        verdict = judge if name == "harmful" else refusal_phrase_judge
+        answers[name] = [Judged(given, verdict(given.prompt.prompt, given.text)) for given in responses]
     references = [prompt for prompt in sets.get("harmless", ()) if prompt.response]
     turns = [Turn(chat.prompt_ids(p.prompt), chat.answer_ids(p.response)) for p in references]
     about = {
         "model": dict(chat.source),
-        "judge": getattr(judge, "__name__", type(judge).__name__),
+        "judge": getattr(judge, "__name__", "") or str(judge),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,

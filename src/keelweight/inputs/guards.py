@@ -184,9 +184,12 @@ class Guard:
         """
         if self.format.kind == "classifier":
             return torch.ones(len(readings))
+        return self.logits(readings).softmax(-1)[:, [*self.outputs[0], *self.outputs[1]]].sum(-1)
+
+    def logits(self, readings: Sequence[Reading]) -> Float[Tensor, "readings outputs"]:
+        """Logits of the vocabulary behind the last token (causal), or of the labels, in one padded batch."""
         batch = self.pad(readings)
-        logits = self._logits(self.embedding()(batch.ids), batch.attention_mask, batch.types)
-        return logits.softmax(-1)[:, [*self.outputs[0], *self.outputs[1]]].sum(-1)
+        return self._logits(self.embedding()(batch.ids), batch.attention_mask, batch.types)
 
     @cached_property
     def outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -58,7 +58,7 @@ def load_prompts(
     names = {field: field for field in FIELDS} | dict(fields or {})
     if unknown := set(names) - set(FIELDS):
         raise UserError(f"{source}: no field {sorted(unknown)[0]!r}. Fields are: {', '.join(FIELDS)}.")
-    rows = list(_rows(source, names, split))
+    rows = list(read_rows(source, split=split, prompt_field=names["prompt"]))
     prompts = []
     seen: set[str] = set()
     for where, row in rows:
@@ -97,8 +97,16 @@ def spread(prompts: list[Prompt], limit: int, seed: int = 0) -> list[Prompt]:
     return [prompts[at] for _, _, at in sorted(sorted(ranked)[:limit], key=lambda item: item[2])]
 
 
-def _rows(source: str, names: Mapping[str, str], split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pairs of "where" for error messages and the raw row."""
+def read_rows(
+    source: str, *, split: str | None = None, prompt_field: str = "prompt"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The raw rows of a source as in `load_prompts`, each with where it stands, for error messages.
+
+    Args:
+        source: as in `load_prompts`.
+        split: of a hub data set; other sources give all their rows.
+        prompt_field: the field that a line of a .txt file is.
+    """
     if source.startswith("builtin:"):
         name = source.removeprefix("builtin:")
         if name not in BUILTIN_SETS:
@@ -123,7 +131,7 @@ def _rows(source: str, names: Mapping[str, str], split: str | None) -> Iterator[
         yield from _csv(source, text)
     elif path.suffix == ".txt":
         lines = enumerate(text.splitlines(), 1)
-        yield from ((f"{source} line {at}", {names["prompt"]: line}) for at, line in lines if line.strip())
+        yield from ((f"{source} line {at}", {prompt_field: line}) for at, line in lines if line.strip())
     else:
         raise UserError(f"{source}: unknown kind of file. Expected .jsonl, .csv or .txt.")
 
