@@ -43,6 +43,8 @@ class Settings:
         share: of all parameters, the weights to tune.
         recipe: of the tuning.
         per_batch: harmful, harmless and borderline examples in a batch.
+        training_prompts: prompts of each kind to tune on; None takes all.
+        keep_tokens: of every answer that tuning is to keep.
         scoring_prompts: harmful prompts that ESI is averaged over.
         eval_prompts: prompts of each kind in the evaluation.
         max_new_tokens: of every answer in the evaluation.
@@ -55,6 +57,8 @@ class Settings:
     share: float = 0.001
     recipe: Recipe = field(default_factory=Recipe)
     per_batch: tuple[int, int, int] = (3, 1, 2)
+    training_prompts: int | None = None
+    keep_tokens: int = 16
     scoring_prompts: int = 64
     eval_prompts: int = 64
     max_new_tokens: int = 40
@@ -108,8 +112,12 @@ def run_demo(
     with clock.stage("answers to keep"):
         groups = safety_mixture(
             chat,
-            *(load_prompts(f"builtin:{name}", split="train", seed=settings.seed) for name in SETS),
+            *(
+                load_prompts(f"builtin:{name}", split="train", limit=settings.training_prompts, seed=settings.seed)
+                for name in SETS
+            ),
             per_batch=settings.per_batch,
+            max_new_tokens=settings.keep_tokens,
         )
     after, kl = tuned(chat, mask, groups, sets, own_turns, predictions, settings, out, clock, "", base_sha256)
     say(summary_line("after", after))
