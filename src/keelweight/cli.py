@@ -351,9 +351,9 @@ def tune(
     split: Split = None,
     field: Field = [],  # noqa: B006
     iterations: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    keep_weight: Annotated[float, typer.Option(help="Weight of staying as it is on harmless prompts.")] = 1.0,
-    per_batch: Annotated[str, typer.Option(help="Harmful,harmless,borderline examples in a batch.")] = "3,1,2",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
+    keep_weight: Annotated[float, typer.Option(help="Weight of staying as it is on harmless prompts.")] = 4.0,
+    per_batch: Annotated[str, typer.Option(help="Harmful,harmless,borderline examples in a batch.")] = "2,4,4",
     seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -381,7 +381,7 @@ def tune(
         check_free(log, force=force)
     counts = tuple(numbers_in(per_batch, ranges=False))
     if len(counts) != 3 or min(counts) < 0:
-        raise UserError(f"--per-batch {per_batch}: expected three counts from 0, such as 3,1,2.")
+        raise UserError(f"--per-batch {per_batch}: expected three counts from 0, such as 2,4,4.")
     mask = load_mask(train_only)
     sources = (harmful, harmless, borderline)
     rows = [

@@ -56,12 +56,12 @@ class Settings:
     model: str = "builtin:smollm2"
     share: float = 0.001
     recipe: Recipe = field(default_factory=Recipe)
-    per_batch: tuple[int, int, int] = (3, 1, 2)
+    per_batch: tuple[int, int, int] = (2, 4, 4)
     training_prompts: int | None = None
     keep_tokens: int = 16
     scoring_prompts: int = 64
     eval_prompts: int = 64
-    max_new_tokens: int = 40
+    max_new_tokens: int = 24
     control: bool = False
     seed: int = 0
     dtype: str = "auto"

@@ -128,8 +128,8 @@ def safety_mixture(
     harmless: Sequence[Prompt],
     borderline: Sequence[Prompt],
     *,
-    per_batch: tuple[int, int, int] = (2, 1, 1),
-    max_new_tokens: int = 32,
+    per_batch: tuple[int, int, int] = (2, 4, 4),
+    max_new_tokens: int = 16,
     batch_size: int = 32,
 ) -> list[Group]:
     """The groups of Safety Enhancement Tuning: refusals to learn, and the model's own behaviour to keep.

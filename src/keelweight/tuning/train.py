@@ -56,11 +56,11 @@ class Recipe:
     """
 
     iterations: int = 100
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
-    keep_weight: float = 1.0
+    keep_weight: float = 4.0
     seed: int = 0
     tokens_per_pass: int = 512
 
