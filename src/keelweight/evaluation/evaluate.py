@@ -129,7 +129,7 @@ def evaluate(
 
 
 @torch.inference_mode()
-def perplexity(chat: ChatModel, turns: Sequence[Turn], *, tokens_per_batch: int = 2048) -> float:
+def perplexity(chat: ChatModel, turns: Sequence[Turn], *, tokens_per_batch: int = 512) -> float:
     """exp(mean negative log-probability) over all answer tokens of `turns`."""
     total, tokens = 0.0, 0
     cut = batches(turns, tokens=tokens_per_batch)
