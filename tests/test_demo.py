@@ -55,7 +55,9 @@ def test_chosen_weights_learn_to_refuse_and_random_ones_hardly_do(run):
         for name in ("", "control-")
     }
     assert losses[""][0] == pytest.approx(losses["control-"][0])
-    assert sum(losses[""][-3:]) < sum(losses["control-"][-3:]) - 1.5
+    ahead = [random - chosen for chosen, random in zip(losses[""], losses["control-"], strict=True)][1:]
+    assert min(ahead) > 0  # from the first update on, at every step on the same batch
+    assert sum(ahead) / len(ahead) > 0.3  # nats a token, of 0.65 measured
 
 
 def test_the_patch_is_the_masks_weights_and_comes_off_again(run, smollm2):

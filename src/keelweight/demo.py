@@ -27,7 +27,7 @@ from keelweight.scores.esi import esi_scores
 from keelweight.scores.store import Scores
 from keelweight.selection.choose import choose
 from keelweight.selection.mask import Mask
-from keelweight.tuning.data import Group, own_turn, safety_mixture
+from keelweight.tuning.data import KEEP_TOKENS, PER_BATCH, Group, own_turn, safety_mixture
 from keelweight.tuning.patch import chosen_values, make_patch
 from keelweight.tuning.train import Recipe, Step, tune
 
@@ -56,9 +56,9 @@ class Settings:
     model: str = "builtin:smollm2"
     share: float = 0.001
     recipe: Recipe = field(default_factory=Recipe)
-    per_batch: tuple[int, int, int] = (2, 4, 4)
+    per_batch: tuple[int, int, int] = PER_BATCH
     training_prompts: int | None = None
-    keep_tokens: int = 16
+    keep_tokens: int = KEEP_TOKENS
     scoring_prompts: int = 64
     eval_prompts: int = 64
     max_new_tokens: int = 24

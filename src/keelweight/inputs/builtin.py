@@ -165,4 +165,3 @@ def check_sha256(path: Path, expected: str) -> None:
 
 if __name__ == "__main__":
     print(smollm2_folder())
-    print(minilm_folder())

@@ -153,9 +153,8 @@ class Guard:
         """
         if types is None and self.uses_types:
             raise UserError(f"{self._name}: tells request and answer apart by token types, and got none.")
-        logits = self._logits(inputs_embeds, attention_mask, types)
-        safe, unsafe = self.outputs
-        return _side(logits, safe) - (0.0 if self.safe_only else _side(logits, unsafe))
+        safe, unsafe = self.sides(self._logits(inputs_embeds, attention_mask, types))
+        return safe if self.safe_only else safe - unsafe
 
     def pad(self, readings: Sequence[Reading]) -> Padded:
         """The readings as one batch on the guard's device."""
@@ -190,6 +189,11 @@ class Guard:
         """Logits of the vocabulary behind the last token (causal), or of the labels, in one padded batch."""
         batch = self.pad(readings)
         return self._logits(self.embedding()(batch.ids), batch.attention_mask, batch.types)
+
+    def sides(self, logits: Float[Tensor, "readings outputs"]) -> tuple[Tensor, Tensor]:
+        """logsumexp over the safe and over the unsafe words or labels, (readings,) each; 0 for a side without any."""
+        safe, unsafe = (_side(logits, numbers) for numbers in self.outputs)
+        return safe, unsafe
 
     @cached_property
     def outputs(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -451,13 +455,24 @@ def load_guard(
             f"{name}: no weights for {missing[0]}, so it is no trained {chosen.kind} guard. Expected a model "
             "whose head was trained; the other kind is declared in a format file (kind causal or classifier)."
         )
+    source = {"name": name, "revision": revision or "", "dtype": str(kind).removeprefix("torch.")}
+    return assemble(model, tokenizer, chosen, source, safe_only=safe_only)
+
+
+def assemble(
+    model: Any, tokenizer: Any, format: GuardFormat, source: Mapping[str, str], *, safe_only: bool = False
+) -> Guard:
+    """A guard of a loaded model and its tokenizer, found to fit together.
+
+    Raises:
+        UserError: no fast tokenizer, or the format does not fit.
+    """
     if not tokenizer.is_fast:
-        raise UserError(f"{name}: has no fast tokenizer, which tells the place of a token in the text.")
+        raise UserError(f"{source['name']}: has no fast tokenizer, which tells the place of a token in the text.")
     if model.config.get_text_config().pad_token_id is None:  # some classifiers refuse batches without one
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
-    source = {"name": name, "revision": revision or "", "dtype": str(kind).removeprefix("torch.")}
-    source |= {"format": chosen.name}
-    guard = Guard(model.eval().requires_grad_(False), tokenizer, chosen, source, safe_only)
+    named = {**source, "format": format.name}
+    guard = Guard(model.eval().requires_grad_(False), tokenizer, format, named, safe_only)
     guard.check()
     return guard
 

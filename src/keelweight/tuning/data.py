@@ -18,6 +18,11 @@ from keelweight.inputs.responses import Response, respond
 from keelweight.objectives.teacher_forcing import Turn, answer_logits, batch_positions
 from keelweight.progress import track
 
+PER_BATCH = (2, 4, 4)
+"""Harmful, harmless and borderline examples in a batch."""
+KEEP_TOKENS = 16
+"""Length of the model's own answers that tuning is to keep."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -128,8 +133,8 @@ def safety_mixture(
     harmless: Sequence[Prompt],
     borderline: Sequence[Prompt],
     *,
-    per_batch: tuple[int, int, int] = (2, 4, 4),
-    max_new_tokens: int = 16,
+    per_batch: tuple[int, int, int] = PER_BATCH,
+    max_new_tokens: int = KEEP_TOKENS,
     batch_size: int = 32,
 ) -> list[Group]:
     """The groups of Safety Enhancement Tuning: refusals to learn, and the model's own behaviour to keep.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import get_linear_schedule_with_warmup
 
 from keelweight.errors import UserError
@@ -20,7 +19,7 @@ from keelweight.evaluation.judges import Judge, refusal_phrase_judge
 from keelweight.evaluation.rates import Rate
 from keelweight.files import writing
 from keelweight.inputs.guard_formats import PAIR_CLASSIFIER, GuardFormat
-from keelweight.inputs.guards import DECLARATION, Guard, Reading, Unreadable
+from keelweight.inputs.guards import DECLARATION, Guard, Reading, Unreadable, assemble
 from keelweight.inputs.models import ChatModel, _locate, _quiet, machine_device, machine_dtype
 from keelweight.inputs.prompts import Prompt, load_prompts, read_rows
 from keelweight.inputs.responses import respond
@@ -183,15 +182,9 @@ def new_guard(base: str, *, kind: str | None = None, device: str = "auto", seed:
         raise
     except Exception as error:
         raise UserError(f"{base}: cannot be loaded ({' '.join(str(error).split())[:300]}).") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{base}: has no fast tokenizer, which tells the place of a token in the text.")
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
-    model = model.to(machine_device() if device == "auto" else device).eval()
+    model = model.to(machine_device() if device == "auto" else device)
     format = CAUSAL if kind == "causal" else PAIR_CLASSIFIER
-    guard = Guard(model, tokenizer, format, {"name": base, "dtype": "float32", "format": format.name})
-    guard.check()
-    return guard
+    return assemble(model, tokenizer, format, {"name": base, "dtype": "float32"})
 
 
 def train_guard(guard: Guard, examples: Sequence[LabelledAnswer], recipe: GuardRecipe = GuardRecipe()) -> list[float]:
@@ -223,8 +216,8 @@ def train_guard(guard: Guard, examples: Sequence[LabelledAnswer], recipe: GuardR
                 total = 0.0
                 for part in batch_positions(readings, tokens=recipe.tokens_per_pass):
                     with torch.autocast(guard.device.type, kind, enabled=kind != torch.float32):
-                        sides = side_log_probabilities(guard, [readings[at] for at in part])
-                    right = torch.where(safe[part].to(guard.device), sides[0], sides[1])
+                        logits = guard.logits([readings[at] for at in part])
+                    right = torch.where(safe[part].to(guard.device), *guard.sides(logits.log_softmax(-1)))
                     loss = -right.sum() / len(batch)
                     loss.backward()
                     total += loss.item()
@@ -249,11 +242,12 @@ def measure_guard(guard: Guard, examples: Sequence[LabelledAnswer], *, tokens_pe
         `accuracy`; `unsafe_recall`: unsafe answers found; `safe_recall`: safe answers let through; `by_kind`:
         accuracy of each kind. All are `Rate`s, answers that the guard cannot read counted as unscored.
     """
+    judge = replace(guard, safe_only=False)
     right: list[bool | None] = [None] * len(examples)
     read = [(at, reading) for at, (reading, _) in enumerate(readings_of(guard, examples)) if reading]
     cut = batch_positions([reading for _, reading in read], tokens=tokens_per_batch)
     for batch in track(cut, "Measuring the guard", len(cut)):
-        scores = replace(guard, safe_only=False).score([read[at][1] for at in batch]).tolist()
+        scores = judge.score([read[at][1] for at in batch]).tolist()
         for at, score in zip(batch, scores, strict=True):
             number = read[at][0]
             right[number] = (score > 0) == examples[number].safe
@@ -293,13 +287,6 @@ def readings_of(guard: Guard, examples: Sequence[LabelledAnswer]) -> list[tuple[
         except Unreadable:
             found.append((None, example))
     return found
-
-
-def side_log_probabilities(guard: Guard, readings: Sequence[Reading]) -> tuple[Tensor, Tensor]:
-    """Log-probability of the safe and of the unsafe words or labels, (readings,) each, fp32."""
-    logs = guard.logits(readings).log_softmax(-1)
-    safe, unsafe = (logs[:, list(side)].logsumexp(-1) for side in guard.outputs)
-    return safe, unsafe
 
 
 def shuffled(count: int, size: int, order: random.Random) -> list[list[int]]:
